@@ -1,0 +1,45 @@
+# make demo · make test · make bench: each sets up what it needs in .venv and runs.
+#
+# A torch that $(PYTHON) already has is used as it is; otherwise torch is installed: the CPU release below where
+# there is no NVIDIA GPU, the newest one where there is.
+PYTHON ?= python3
+CPU_TORCH ?= torch==2.13.0
+RUN := .venv/bin/python
+ready := .venv/ready
+
+.PHONY: demo test lint bench docs clean
+.DEFAULT_GOAL := test
+
+demo: $(ready)
+	$(RUN) examples/train_clip.py
+
+test: lint
+	$(RUN) -m pytest -q
+
+lint: $(ready)
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+bench: $(ready)
+	$(RUN) benchmarks/kernels.py
+	$(RUN) benchmarks/train_step.py
+
+docs: $(ready)
+	$(RUN) docs/make_architecture.py
+
+$(ready): pyproject.toml
+	$(PYTHON) -m venv --clear .venv
+	@if $(PYTHON) -c "import torch" 2>/dev/null; then \
+	  echo "using the torch of $(PYTHON)"; \
+	  $(PYTHON) -c "import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))" \
+	    > "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"; \
+	elif command -v nvidia-smi >/dev/null; then \
+	  $(RUN) -m pip install -q torch; \
+	else \
+	  $(RUN) -m pip install -q "$(CPU_TORCH)"; \
+	fi
+	$(RUN) -m pip install -q -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

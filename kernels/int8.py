@@ -1,0 +1,104 @@
+# mypy: allow-untyped-defs
+"""The int8 rounding rule, once in PyTorch and once in Triton, operation for operation, so that both give the same bits.
+
+    absmax  = max |x|
+    scale   = max(absmax, 2^-100) / 127        float32, correctly rounded; NaN if absmax is NaN or Inf
+    inverse = 127 / max(absmax, 2^-100)        float32, correctly rounded
+    x_q     = round_half_to_even(x * inverse)  both the product and the rounding in float32; 0 if scale is NaN
+
+It is rint(127 * x / absmax) of arXiv 2304.13013, section 2.2, with the reciprocal taken once a row. 127/absmax errs by
+at most half an ulp, so |x * inverse| < 127.5 and -128 never occurs.
+
+The floor 2^-100 replaces a case for zero: an all-zero row has a tiny, finite, normal scale. Below the floor nothing
+depends on subnormals, which some devices flush: an x below 2^-107 gives 0 either way.
+"""
+
+import torch
+from swcompile.kernels.formats import INT8
+from swcompile.kernels.launch import tl, triton
+
+SMALLEST_ABSMAX = 2.0**-100
+INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_quantizer_input(op: str, x: torch.Tensor) -> None:
+    """Raise `ValueError` unless `x` is a matrix of a dtype that the quantisers take. Looks at no size."""
+    if x.dtype not in INPUT_DTYPES:
+        raise ValueError(
+            f"{op}: x is {x.dtype}, but must be bfloat16, float16 or float32; cast it first (float64 would "
+            "lose bits silently)"
+        )
+    if x.dim() != 2:
+        raise ValueError(f"{op}: x has {x.dim()} dimensions, but must have 2; flatten the leading ones first")
+
+
+def with_unit_inner_stride(x: torch.Tensor) -> torch.Tensor:
+    """`x` itself if its rows are contiguous, whatever their distance; else a contiguous copy."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def absmax_reference(x: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:
+    """Largest magnitude over `dim` in float32, kept as size-1 dimensions; NaN wins, nothing at all gives 0."""
+    if x.numel() == 0:
+        shape = [1 if d in dim else size for d, size in enumerate(x.shape)]
+        return torch.zeros(shape, dtype=torch.float32, device=x.device)
+    return torch.linalg.vector_norm(x, float("inf"), dim, keepdim=True).float()
+
+
+def scale_and_inverse_reference(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, inverse) of float32 `absmax`, any shape."""
+    finite = absmax.isfinite()
+    absmax = absmax.clamp(min=SMALLEST_ABSMAX)
+    # A tensor, not a number: CUDA divides by a number by multiplying with its rounded reciprocal.
+    max_value = torch.full_like(absmax, INT8.max_value)
+    scale = torch.where(finite, absmax / max_value, torch.nan)
+    inverse = torch.where(finite, max_value / absmax, 0.0)
+    return scale, inverse
+
+
+def round_reference(x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """int8 of `x` by an `inverse` that broadcasts against it; where `inverse` is 0, NaN and Inf give 0."""
+    return (x.float() * inverse).round_().nan_to_num_(nan=0.0).to(torch.int8)
+
+
+# 1.5 * 2^23: adding it to a float32 of magnitude below 2^22 rounds that half to even into the low mantissa bits.
+_ROUNDER = tl.constexpr(12582912.0)
+_INFINITY_BITS = tl.constexpr(0x7F800000)
+_MAGNITUDE_MASK = tl.constexpr(0x7FFFFFFF)
+_NAN_BITS = tl.constexpr(0x7FC00000)
+_MAX_VALUE = tl.constexpr(INT8.max_value)
+_SMALLEST_ABSMAX = tl.constexpr(SMALLEST_ABSMAX)
+
+
+@triton.jit
+def magnitude_bits(x):
+    """Bits of |x| in float32 as int32. Their integer order is that of the magnitudes, with Inf above and NaN on top.
+
+    So maxima need no NaN-propagating float instruction (slower, and miscompiled next to transposed 1-byte stores,
+    triton#11111), and come out the same in any order.
+    """
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & _MAGNITUDE_MASK
+
+
+@triton.jit
+def scale_and_inverse(absmax_bits):
+    """(scale, inverse) of the maximum of `magnitude_bits`; an inverse of 0 marks a maximum that is not finite."""
+    finite = absmax_bits < _INFINITY_BITS
+    absmax = tl.where(finite, absmax_bits, 0).to(tl.float32, bitcast=True)
+    absmax = tl.maximum(absmax, _SMALLEST_ABSMAX)
+    max_value = tl.full(absmax.shape, _MAX_VALUE, tl.float32)
+    scale = tl.div_rn(absmax, max_value)
+    nan = tl.full(absmax.shape, _NAN_BITS, tl.int32).to(tl.float32, bitcast=True)
+    inverse = tl.div_rn(max_value, absmax)
+    return tl.where(finite, scale, nan), tl.where(finite, inverse, 0.0)
+
+
+@triton.jit
+def round_to_int8(x, inverse):
+    """int8 of `x`, with `inverse` broadcast against it by the caller. Launch with `enable_fp_fusion=False`.
+
+    With the rounder added the integer is the low byte of the float: no conversion instruction, of which a
+    multiprocessor issues few. A fused multiply-add would skip the rounding of the product and move some ties.
+    """
+    rounded = (x.to(tl.float32) * inverse + _ROUNDER).to(tl.int32, bitcast=True)
+    return tl.where(inverse != 0.0, rounded, 0).to(tl.int8)

@@ -1,0 +1,78 @@
+"""Triton itself, or a stand-in where it is not installed, and the facts of a device that a launch depends on."""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+MISSING_TRITON = (
+    "swcompile's CUDA kernels need Triton 3.6 or later, and `import triton` failed. "
+    "Install it with `pip install triton`, or run the model on the CPU."
+)
+
+
+class _MissingTriton:
+    """Lets a module that holds kernels be imported without Triton, as the CPU runs the references only."""
+
+    def jit(self, function: Any = None, **options: Any) -> Any:
+        return self.jit if function is None else self
+
+    def constexpr(self, value: Any) -> Any:
+        return value
+
+    def __getitem__(self, grid: Any) -> Any:
+        raise RuntimeError(MISSING_TRITON)
+
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    triton = tl = _MissingTriton()
+    HAS_TRITON = False
+
+INTERPRETED = bool(HAS_TRITON and triton.knobs.runtime.interpret)
+"""True when TRITON_INTERPRET=1 was set before import: kernels then run on CPU tensors, slowly, for tests."""
+
+OLDEST_CAPABILITY = (8, 0)
+"""Ampere: the first GPUs whose tensor cores take int8 through Triton's `tl.dot`."""
+
+
+class DeviceFacts(NamedTuple):
+    """What a launch needs to know of a device."""
+
+    name: str
+    capability: tuple[int, int]
+    num_multiprocessors: int
+
+
+@cache
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Facts of `device`. A CPU device stands for the interpreter, where few programs keep the tests quick."""
+    if device.type == "cpu":
+        if not INTERPRETED:
+            raise RuntimeError(
+                "a Triton kernel was given a CPU tensor outside the interpreter; call the op or its reference "
+                "instead, or set TRITON_INTERPRET=1 before the first import"
+            )
+        return DeviceFacts("interpreter", (9, 0), 3)
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceFacts(
+        properties.name, (properties.major, properties.minor), properties.multi_processor_count
+    )
+
+
+@cache
+def require_supported_gpu(index: int) -> None:
+    """Raise `RuntimeError` naming the GPU and the way out if the kernels cannot run on it."""
+    if not HAS_TRITON:
+        raise RuntimeError(MISSING_TRITON)
+    facts = device_facts(torch.device("cuda", index))
+    if facts.capability < OLDEST_CAPABILITY:
+        major, minor = facts.capability
+        raise RuntimeError(
+            f"swcompile's int8 kernels need compute capability 8.0 (Ampere) or later; {facts.name} (cuda:{index}) "
+            f"has {major}.{minor}. Run on a newer GPU, or compile the model with the default backend."
+        )

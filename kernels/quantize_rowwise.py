@@ -1,0 +1,209 @@
+# mypy: allow-untyped-defs
+"""Row-wise int8 quantisation. Shapes: M rows (tokens), K features a row."""
+
+from typing import NamedTuple
+
+import torch
+from swcompile.kernels import int8
+from swcompile.kernels.int8 import (
+    absmax_reference,
+    check_quantizer_input,
+    magnitude_bits,
+    round_reference,
+    round_to_int8,
+    scale_and_inverse,
+    scale_and_inverse_reference,
+    with_unit_inner_stride,
+)
+from swcompile.kernels.launch import device_facts, tl, triton
+from swcompile.kernels.library import Work, define_op
+from swcompile.kernels.tuning import Tuner, bucket
+
+
+def quantize_rowwise(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise each row to int8 by its own absmax: ``x ~= x_q * scale``.
+
+    Row-wise quantisation of activations and output gradients in SwitchBack (arXiv 2304.13013, section 2.2).
+
+    Args:
+        x_MK: [M, K] bfloat16, float16 or float32, any strides.
+
+    Returns:
+        x_q [M, K] int8, contiguous, and scale [M, 1] float32. A row with a NaN or Inf gets scale NaN.
+
+    Raises:
+        ValueError: x is of another dtype, or not a matrix.
+    """
+    return QUANTIZE_ROWWISE(x_MK)
+
+
+def quantize_rowwise_reference(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rowwise` in plain PyTorch, bit for bit."""
+    check_quantizer_input("quantize_rowwise", x_MK)
+    scale_M1, inverse_M1 = scale_and_inverse_reference(absmax_reference(x_MK, (1,)))
+    return round_reference(x_MK, inverse_M1).contiguous(), scale_M1
+
+
+def quantize_rowwise_work(num_rows: int, num_columns: int, itemsize: int) -> Work:
+    """One comparison and one multiplication an element; x read once, x_q and the scales written once."""
+    num_elements = num_rows * num_columns
+    return Work(flops=2 * num_elements, bytes=num_elements * (itemsize + 1) + 4 * num_rows)
+
+
+LANE_ELEMENTS = 8
+"""Adjacent elements that a thread takes of each piece of a row: one 16-byte load of 16-bit elements."""
+PIECE_PER_WARP = 32 * LANE_ELEMENTS
+MAX_PIECES = 16
+"""A row stays in registers between finding the absmax and rounding if a thread holds at most so many pieces of it."""
+MAX_RESIDENT_COLUMNS = 32 * PIECE_PER_WARP * MAX_PIECES
+"""Longer rows are read twice."""
+
+
+class RowwiseConfig(NamedTuple):
+    """How rows are shared out among warps."""
+
+    warps_per_row: int
+    """1 finds the absmax without a barrier."""
+    num_warps: int
+    """Warps a program, a multiple of `warps_per_row`."""
+    num_stages: int = 1
+    """1: one tile a program. More: a few programs a multiprocessor loop over the tiles, loads so many tiles ahead."""
+
+
+def quantize_rowwise_triton(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rowwise` by the Triton kernel: what the op does on CUDA."""
+    check_quantizer_input("quantize_rowwise", x_MK)
+    x_MK = with_unit_inner_stride(x_MK)
+    num_rows, num_columns = x_MK.shape
+    x_q_MK = torch.empty((num_rows, num_columns), dtype=torch.int8, device=x_MK.device)
+    scale_M1 = torch.empty((num_rows, 1), dtype=torch.float32, device=x_MK.device)
+    if num_rows:
+        key = (bucket(num_rows), num_columns, x_MK.dtype)
+
+        def run(config: RowwiseConfig) -> None:
+            launch(config, x_MK, x_q_MK, scale_M1)
+
+        run(_TUNER.choose(key, lambda: candidates(num_columns), run, x_MK.device))
+    return x_q_MK, scale_M1
+
+
+def launch(config: RowwiseConfig, x_MK: torch.Tensor, x_q_MK: torch.Tensor, scale_M1: torch.Tensor) -> None:
+    """Run the kernel in the given configuration."""
+    num_rows, num_columns = x_MK.shape
+    arguments = (x_MK, x_q_MK, scale_M1, num_rows, num_columns, x_MK.stride(0))
+    if num_columns > MAX_RESIDENT_COLUMNS:
+        _quantize_long_rows_kernel[(num_rows,)](
+            *arguments, BLOCK=8192, num_warps=config.num_warps, enable_fp_fusion=False
+        )
+        return
+    rows = config.num_warps // config.warps_per_row
+    width = PIECE_PER_WARP * config.warps_per_row
+    num_programs = triton.cdiv(num_rows, rows)
+    if config.num_stages > 1:
+        programs_each = max(32 // config.num_warps, 1)
+        num_programs = min(num_programs, programs_each * device_facts(x_MK.device).num_multiprocessors)
+    _quantize_rowwise_kernel[(num_programs,)](
+        *arguments,
+        ROWS=rows,
+        WIDTH=width,
+        NUM_PIECES=triton.cdiv(num_columns, width),
+        EVEN=num_columns % width == 0,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+        enable_fp_fusion=False,
+    )
+
+
+def candidates(num_columns: int) -> list[RowwiseConfig]:
+    """At most 8 configurations, the likeliest first: few warps a row, few pieces a thread, little padding."""
+    if num_columns > MAX_RESIDENT_COLUMNS:
+        return [RowwiseConfig(16, 16), RowwiseConfig(8, 8), RowwiseConfig(32, 32)]
+    configs = []
+    for warps_per_row in (1, 2, 4, 8, 16, 32):
+        num_pieces = triton.cdiv(num_columns, PIECE_PER_WARP * warps_per_row)
+        smallest = warps_per_row == 1 or num_pieces > 1
+        if num_pieces <= MAX_PIECES and smallest:
+            padding = num_pieces * PIECE_PER_WARP * warps_per_row - num_columns
+            for num_warps in {max(warps_per_row, 4), max(warps_per_row, 8)}:
+                badness = abs(num_pieces - 5) + 16 * padding / num_columns + num_warps / 16
+                configs.append((badness, RowwiseConfig(warps_per_row, num_warps)))
+    return [config for _, config in sorted(configs)[:8]]
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _quantize_rowwise_kernel(
+    x_ptr,
+    x_q_ptr,
+    scale_ptr,
+    num_rows,
+    num_columns,
+    x_stride,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NUM_PIECES: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+        # Rows beyond the last repeat it: the same bits are written twice, and no mask is needed.
+        rows = tl.minimum(tile * ROWS + tl.arange(0, ROWS).to(tl.int64), num_rows - 1)
+        x_rows = x_ptr + (rows * x_stride)[:, None]
+        x_q_rows = x_q_ptr + (rows * num_columns)[:, None]
+        columns = tl.arange(0, WIDTH)[None, :]
+        # Pieces of one shape have one layout: nothing moves between threads but the maxima.
+        pieces = ()
+        bits = tl.zeros([ROWS, WIDTH], tl.int32)
+        for i in tl.static_range(NUM_PIECES):
+            mask = None if EVEN or i < NUM_PIECES - 1 else i * WIDTH + columns < num_columns
+            x = tl.load(x_rows + i * WIDTH + columns, mask=mask)
+            if mask is not None:
+                x = tl.where(mask, x, 0.0)
+            pieces = pieces + (x,)
+            bits = tl.maximum(bits, magnitude_bits(x))
+        scale, inverse = scale_and_inverse(tl.max(bits, axis=1))
+        for i in tl.static_range(NUM_PIECES):
+            mask = None if EVEN or i < NUM_PIECES - 1 else i * WIDTH + columns < num_columns
+            tl.store(x_q_rows + i * WIDTH + columns, round_to_int8(pieces[i], inverse[:, None]), mask=mask)
+        tl.store(scale_ptr + rows, scale)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _quantize_long_rows_kernel(
+    x_ptr, x_q_ptr, scale_ptr, num_rows, num_columns, x_stride, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    x_row = x_ptr + row * x_stride
+    x_q_row = x_q_ptr + row * num_columns
+    bits = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, num_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(x_row + columns, mask=columns < num_columns, other=0.0)
+        bits = tl.maximum(bits, magnitude_bits(x))
+    scale, inverse = scale_and_inverse(tl.max(bits, axis=0))
+    for start in range(0, num_columns, BLOCK):  # the row comes from the L2 cache this time
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < num_columns
+        x = tl.load(x_row + columns, mask=mask, other=0.0)
+        tl.store(x_q_row + columns, round_to_int8(x, inverse), mask=mask)
+    tl.store(scale_ptr + row, scale)
+
+
+_TUNER: Tuner[RowwiseConfig] = Tuner("quantize_rowwise", [__file__, int8.__file__])
+
+
+def _fake(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    check_quantizer_input("quantize_rowwise", x_MK)
+    num_rows, num_columns = x_MK.shape
+    return (
+        x_MK.new_empty((num_rows, num_columns), dtype=torch.int8),
+        x_MK.new_empty((num_rows, 1), dtype=torch.float32),
+    )
+
+
+QUANTIZE_ROWWISE = define_op(
+    "quantize_rowwise(Tensor x) -> (Tensor, Tensor)",
+    reference=quantize_rowwise_reference,
+    cuda=quantize_rowwise_triton,
+    fake=_fake,
+)
+"""The op as it stands in a graph: ``torch.ops.swcompile.quantize_rowwise.default``."""

@@ -1,0 +1,166 @@
+# mypy: allow-untyped-defs
+"""int8 matmul with a scaled epilogue. Shapes: M rows of A (tokens), N rows of B (out features), K the summed dimension."""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from swcompile.kernels.library import Work, define_op
+
+OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_K = (2**31 - 1) // 127**2
+"""The longest sum of products of two int8 in [-127, 127] that an int32 always holds: 133,144."""
+
+
+def scaled_mm(
+    a_q_MK: torch.Tensor,
+    b_q_NK: torch.Tensor,
+    scale_a_M1: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """``(a_q @ b_q.T) * scale_a * scale_b.T + bias``, exact in int32 up to the first scale.
+
+    Then ``(acc * scale_a) * scale_b + bias`` in float32, each operation rounded, in this order, and one cast. Every
+    kernel configuration gives the same bits. SwitchBack's matmul of the output and of the gradient of the input
+    (arXiv 2304.13013, section 2.2); only ``A @ B.T`` with both operands contiguous along K is fast in int8.
+
+    Args:
+        a_q_MK: [M, K] int8, contiguous, without -128.
+        b_q_NK: [N, K] int8, contiguous, without -128.
+        scale_a_M1: [M, 1] float32.
+        scale_b: [1, 1] or [N, 1] float32.
+        bias_N: [N] bfloat16, float16 or float32, or None.
+        out_dtype: bfloat16, float16 or float32.
+
+    Returns:
+        [M, N] of `out_dtype`, contiguous.
+
+    Raises:
+        ValueError: a dtype other than these, shapes that do not fit, or K above 133,144, where an int32 may overflow.
+    """
+    return SCALED_MM(a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N, out_dtype)
+
+
+def scaled_mm_reference(
+    a_q_MK: torch.Tensor,
+    b_q_NK: torch.Tensor,
+    scale_a_M1: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """`scaled_mm` in plain PyTorch, bit for bit."""
+    _check_dtypes(a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N, out_dtype)
+    _check_shapes(a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N)
+    out_MN = _int32_matmul(a_q_MK, b_q_NK).float().mul_(scale_a_M1).mul_(scale_b.t())
+    if bias_N is not None:
+        out_MN.add_(bias_N.float())
+    return out_MN.to(out_dtype)
+
+
+def scaled_mm_work(
+    num_rows: int, num_columns: int, num_summed: int, out_itemsize: int, *, num_scales_b: int = 1
+) -> Work:
+    """M * N * K int8 multiply-adds; both operands and the scales read once, the result written once (M, N, K order)."""
+    flops = 2 * num_rows * num_columns * num_summed
+    operands = (num_rows + num_columns) * num_summed
+    return Work(
+        flops=flops,
+        bytes=operands + num_rows * num_columns * out_itemsize + 4 * (num_rows + num_scales_b),
+    )
+
+
+def scaled_mm_triton(
+    a_q_MK: torch.Tensor,
+    b_q_NK: torch.Tensor,
+    scale_a_M1: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    raise NotImplementedError
+
+
+def _int32_matmul(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
+    """``a @ b.T`` in int32, exact on every device."""
+    num_rows, num_columns = a_MK.shape[0], b_NK.shape[0]
+    if a_MK.device.type == "cpu":
+        if _cpu_int_mm_is_exact():
+            return torch._int_mm(a_MK, b_NK.t())
+        return (a_MK.double() @ b_NK.double().t()).to(torch.int32)
+    # cuBLAS wants more than 16 rows, and sizes that are multiples of 8; zeros add nothing to a sum.
+    pad_M, pad_N, pad_K = max(17 - num_rows, 0), -num_columns % 8, -a_MK.shape[1] % 8
+    product = torch._int_mm(F.pad(a_MK, (0, pad_K, 0, pad_M)), F.pad(b_NK, (0, pad_K, 0, pad_N)).t())
+    return product[:num_rows, :num_columns]
+
+
+@cache
+def _cpu_int_mm_is_exact() -> bool:
+    """False where the CPU's int8 instructions saturate pairs of products to 16 bit, as x86 does without VNNI."""
+    largest = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, -largest.t()) == -64 * 127**2).all())
+
+
+def _check_dtypes(
+    a_q: torch.Tensor,
+    b_q: torch.Tensor,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> None:
+    """Raise `ValueError` on a wrong dtype or rank. Looks at no size: sizes may be symbolic."""
+    if a_q.dtype != torch.int8 or b_q.dtype != torch.int8:
+        raise ValueError(f"scaled_mm: a_q and b_q must be int8, got {a_q.dtype} and {b_q.dtype}")
+    if scale_a.dtype != torch.float32 or scale_b.dtype != torch.float32:
+        raise ValueError(f"scaled_mm: scales must be float32, got {scale_a.dtype} and {scale_b.dtype}")
+    if {a_q.dim(), b_q.dim(), scale_a.dim(), scale_b.dim()} != {2} or (bias is not None and bias.dim() != 1):
+        raise ValueError("scaled_mm: a_q, b_q and both scales must have 2 dimensions, and bias 1")
+    if bias is not None and not bias.dtype.is_floating_point:
+        raise ValueError(f"scaled_mm: bias must be floating point, got {bias.dtype}")
+    if out_dtype not in OUTPUT_DTYPES:
+        raise ValueError(f"scaled_mm: out_dtype is {out_dtype}, but must be bfloat16, float16 or float32")
+
+
+def _check_shapes(
+    a_q: torch.Tensor,
+    b_q: torch.Tensor,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> None:
+    (num_rows, num_summed), num_columns = a_q.shape, b_q.shape[0]
+    if b_q.shape[1] != num_summed:
+        raise ValueError(f"scaled_mm: a_q sums over K={num_summed}, but b_q over {b_q.shape[1]}; b_q is [N, K]")
+    if num_summed > MAX_K:
+        raise ValueError(f"scaled_mm: K={num_summed} may overflow int32; split the sum at {MAX_K} or below")
+    if scale_a.shape != (num_rows, 1):
+        raise ValueError(f"scaled_mm: scale_a is {tuple(scale_a.shape)}, but must be {(num_rows, 1)}")
+    if scale_b.shape not in ((1, 1), (num_columns, 1)):
+        raise ValueError(
+            f"scaled_mm: scale_b is {tuple(scale_b.shape)}, but must be (1, 1) or {(num_columns, 1)}"
+        )
+    if bias is not None and bias.shape[0] != num_columns:
+        raise ValueError(f"scaled_mm: bias has {bias.shape[0]} elements for {num_columns} columns")
+
+
+def _fake(
+    a_q_MK: torch.Tensor,
+    b_q_NK: torch.Tensor,
+    scale_a_M1: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    _check_dtypes(a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N, out_dtype)
+    return a_q_MK.new_empty((a_q_MK.shape[0], b_q_NK.shape[0]), dtype=out_dtype)
+
+
+SCALED_MM = define_op(
+    "scaled_mm(Tensor a_q, Tensor b_q, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType out_dtype) -> Tensor",
+    reference=scaled_mm_reference,
+    cuda=scaled_mm_triton,
+    fake=_fake,
+)

@@ -1,0 +1,182 @@
+"""Choice of a kernel's configuration: timed once on the device, remembered in the process and on disk.
+
+Every configuration of a kernel gives the same bits, so a choice changes time only: ranks of one job may choose apart.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from hashlib import sha256
+from itertools import pairwise
+from math import log2
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from swcompile.kernels.launch import HAS_TRITON, device_facts, triton
+
+
+class ConfigLike(Hashable, Protocol):
+    """A `NamedTuple` of numbers, strings and booleans."""
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+Config = TypeVar("Config", bound=ConfigLike)
+Key = tuple[int, *tuple[Hashable, ...]]
+"""What a choice depends on. The first element is the size that varies from call to call: `bucket(num_rows)`."""
+
+NUM_FINALISTS = 3
+"""So many of the fastest candidates are timed once more, which a chance of the first round then cannot decide."""
+
+_num_tunings = 0
+
+
+def num_tunings() -> int:
+    """How often this process has timed a set of candidates. Tests assert that it stands still."""
+    return _num_tunings
+
+
+def bucket(size: int) -> int:
+    """`size` rounded up to a power of two, so that a new number of tokens seldom means a new tuning."""
+    return 1 << (size - 1).bit_length() if size > 1 else 1
+
+
+def measure_ms(run: Callable[[], object]) -> float:
+    """Median time of `run` on the current CUDA stream in milliseconds, of a few calls after a warm-up.
+
+    The device sleeps first while the host queues the calls: launches would else be timed instead of short kernels.
+    """
+    run()
+    torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(12)]
+    torch.cuda._sleep(2_000_000)
+    for event in events:
+        event.record()
+        run()
+    torch.cuda.synchronize()
+    times = sorted(start.elapsed_time(end) for start, end in pairwise(events[1:]))
+    return times[len(times) // 2]
+
+
+class _DiskFile(NamedTuple):
+    """One kernel's remembered choices on one GPU model."""
+
+    path: Path
+
+    def read(self) -> dict[str, Any]:
+        """All entries; none if the file is missing or damaged."""
+        try:
+            entries = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return entries if isinstance(entries, dict) else {}
+
+    def add(self, key: str, config: dict[str, Any]) -> None:
+        """Merge one entry in and replace the file in one step.
+
+        Of two processes that write at once one may lose its entry, and tunes again. A cache that cannot be written
+        costs time, never a run.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
+            with os.fdopen(handle, "w") as file:
+                json.dump(self.read() | {key: config}, file, indent=0)
+            os.replace(temporary, self.path)
+        except OSError:
+            pass
+
+
+class Tuner(Generic[Config]):
+    """Remembers the fastest configuration of one kernel for each key.
+
+    Args:
+        name: of the kernel, for the file on disk.
+        sources: files whose change makes old choices worthless.
+        measure: time of a call, in any unit; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sources: Sequence[str],
+        measure: Callable[[Callable[[], object]], float] = measure_ms,
+    ) -> None:
+        self._name = name
+        self._sources = sources
+        self._measure = measure
+        self._chosen: dict[tuple[torch.device, Key], Config] = {}
+
+    def choose(
+        self,
+        key: Key,
+        candidates: Callable[[], Sequence[Config]],
+        run: Callable[[Config], object],
+        device: torch.device,
+    ) -> Config:
+        """The configuration to launch for `key`, timing `run` on each of `candidates()` if it is not known yet.
+
+        While a CUDA graph is being captured nothing may be timed: the choice of the nearest size, else the first
+        candidate, serves that launch and is not remembered. The interpreter takes the first candidate.
+        """
+        chosen = self._chosen.get((device, key))
+        return chosen if chosen is not None else self._choose_unknown(key, candidates(), run, device)
+
+    def _choose_unknown(
+        self, key: Key, candidates: Sequence[Config], run: Callable[[Config], object], device: torch.device
+    ) -> Config:
+        if device.type == "cpu" or len(candidates) == 1:
+            return candidates[0]
+        disk = _DiskFile(self._path(device))
+        stored = disk.read().get(str(key))
+        for config in candidates:
+            if config._asdict() == stored:
+                self._chosen[device, key] = config
+                return config
+        if _is_capturing():
+            return self._nearest(key, device) or candidates[0]
+        config = self._time(candidates, run)
+        self._chosen[device, key] = config
+        disk.add(str(key), config._asdict())
+        return config
+
+    def _time(self, candidates: Sequence[Config], run: Callable[[Config], object]) -> Config:
+        global _num_tunings
+        _num_tunings += 1
+        times: dict[Config, float] = {}
+        unfit: Exception | None = None
+        for config in candidates:
+            try:
+                times[config] = self._measure(partial(run, config))
+            except _resource_errors() as error:  # needs more shared memory or registers than this GPU has
+                unfit = error
+        if not times:
+            raise RuntimeError(f"no configuration of {self._name} fits this GPU") from unfit
+        finalists = sorted(times, key=times.__getitem__)[:NUM_FINALISTS]
+        return min(finalists, key=lambda config: self._measure(partial(run, config)))
+
+    def _nearest(self, key: Key, device: torch.device) -> Config | None:
+        """What is remembered for the nearest first element of `key`, all else being equal."""
+        alike = [(abs(log2(known[0] / key[0])), config) for (at, known), config in self._chosen.items()
+                 if at == device and known[1:] == key[1:]]
+        return min(alike, key=lambda pair: pair[0])[1] if alike else None
+
+    def _path(self, device: torch.device) -> Path:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir  # 2 s to import where Inductor is not
+
+        facts = [device_facts(device).name, triton.__version__ if HAS_TRITON else ""]
+        digest = sha256("\n".join([*facts, *(Path(source).read_text() for source in self._sources)]).encode())
+        return Path(cache_dir()) / "swcompile" / f"{self._name}-{digest.hexdigest()[:16]}.json"
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
+def _resource_errors() -> tuple[type[Exception], ...]:
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return OutOfResources, PTXASError

@@ -1,0 +1,175 @@
+"""Look at a model without compiling it: `explain` says what would be rewritten, `capture` gives the joint graph."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._functorch._aot_autograd import descriptors
+
+from swcompile import graph as facts
+from swcompile.joint import JointPass, copy_graph, parameter_names, trace_joint
+from swcompile.passes import joint_passes
+from swcompile.pipeline import Pass, format_graph, run_passes
+from swcompile.recipe import make_recipe
+from swcompile.report import Decision, Report
+
+
+def explain(
+    model: Callable[..., Any], *inputs: Any, kwargs: Mapping[str, Any] | None = None, **options: Any
+) -> Report:
+    """What ``torch.compile(model, backend="switchback", options=options)`` would rewrite, and why not the rest.
+
+    Runs the forward once, node by node, and leaves parameters, buffers, gradients and random state as they were.
+
+    Args:
+        model: the model, or a function that calls one.
+        inputs: what to call it with, as in training.
+        kwargs: keyword arguments to call it with.
+        options: as for the backend: ``recipe``, ``include``, ``exclude``, ``strict``, ``skip_slower``.
+
+    Returns:
+        One report over all graphs of the model.
+
+    Raises:
+        ValueError: an unknown option; with ``strict``, a pattern that matches no parameter, or a matmul that was
+            asked for and cannot be rewritten.
+    """
+    recipe = make_recipe(options)
+    report = Report(recipe.name, [])
+    names: set[str] = set()
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        known = parameter_names(gm, example_inputs)
+        names.update(known.values())
+        hook = JointPass(joint_passes(recipe), names=known, strict=recipe.strict, on_decisions=report.record)
+        return trace_joint(gm, example_inputs, hook)
+
+    _call_with(backend, model, inputs, kwargs, fullgraph=False)
+    unmatched = recipe.unmatched_patterns(names)
+    if recipe.strict and unmatched:
+        listed = ", ".join(f"{pattern!r} (closest: {name!r})" for pattern, name in unmatched.items())
+        raise ValueError(f"patterns that match no parameter: {listed}")
+    report.unmatched = unmatched
+    return report
+
+
+@dataclasses.dataclass(kw_only=True)
+class JointGraph:
+    """The joint graph of a model's forward and backward, as AOTAutograd gives it to Inductor."""
+
+    module: fx.GraphModule
+    inputs: list[Any]
+    """What the graph's ``primals`` were when it was captured: parameters, buffers and example inputs."""
+    decisions: list[Decision] = dataclasses.field(default_factory=list)
+    """What the passes that ran on it decided."""
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The FX graph; passes rewrite it in place."""
+        return self.module.graph
+
+    def run_passes(self, passes: Sequence[Pass]) -> list[Decision]:
+        """Run passes on the graph, in place, with the checks of `swcompile.run_passes`."""
+        self.decisions = run_passes(self.graph, passes)
+        self.module.recompile()
+        return self.decisions
+
+    def __call__(self, *tangents: torch.Tensor) -> tuple[list[Any], dict[str, torch.Tensor]]:
+        """Run the graph on the captured inputs.
+
+        Args:
+            tangents: gradient of each differentiable output; ones where none is given.
+
+        Returns:
+            The model's outputs, and each parameter's gradient by name.
+        """
+        arguments = []
+        given = iter(tangents)
+        for node in self.graph.find_nodes(op="placeholder"):
+            source = node.meta.get("desc")
+            if isinstance(source, descriptors.PlainAOTInput):
+                arguments.append(self.inputs[source.idx])
+            elif isinstance(source, descriptors.TangentAOTInput):
+                value = node.meta["val"]
+                ones = torch.ones(facts.sizes(node), dtype=value.dtype, device=value.device)
+                arguments.append(next(given) if tangents else ones)
+            else:
+                raise ValueError(f"the graph takes {source!r}, which only a compiled model has (dropout on a GPU?)")
+        with torch.no_grad():
+            results = self.module(*arguments)
+        names = {node.meta["desc"].idx: name for node, name in facts.parameters(self.graph).items()}
+        outputs, gradients = [], {}
+        for value, target in zip(results, self.graph.output_node().meta["desc"], strict=True):
+            if not isinstance(target, descriptors.GradAOTOutput):
+                outputs.append(value)
+            elif isinstance(target.grad_of, descriptors.PlainAOTInput) and target.grad_of.idx in names:
+                gradients[names[target.grad_of.idx]] = value
+        return outputs, gradients
+
+    def __str__(self) -> str:
+        return format_graph(self.graph)
+
+
+def capture(model: Callable[..., Any], *inputs: Any, kwargs: Mapping[str, Any] | None = None) -> JointGraph:
+    """The joint graph of a model, before any pass.
+
+    Under `torch.no_grad`, or where nothing requires a gradient, it is the forward alone.
+
+    Args:
+        model: the model; it must trace without a graph break.
+        inputs: what to call it with.
+        kwargs: keyword arguments to call it with.
+    """
+    captured: list[JointGraph] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        names = parameter_names(gm, example_inputs)
+
+        def keep(graph: fx.Graph) -> None:
+            facts.name_parameters(graph, names)
+            module = fx.GraphModule(graph.owning_module, copy_graph(graph))
+            captured.append(JointGraph(module=module, inputs=list(example_inputs)))
+
+        return trace_joint(gm, example_inputs, keep)
+
+    _call_with(backend, model, inputs, kwargs, fullgraph=True)
+    if len(captured) != 1:
+        raise ValueError(f"the model made {len(captured)} graphs, and capture needs one")
+    return captured[0]
+
+
+def _call_with(
+    backend: Callable[..., Any],
+    model: Callable[..., Any],
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    *,
+    fullgraph: bool,
+) -> None:
+    """Trace and call a model once, and leave no trace of it in the model or in Dynamo's view of its shapes."""
+    model = getattr(model, "_orig_mod", model)
+    devices = {value.device for value in torch.utils._pytree.tree_leaves((inputs, kwargs)) if _on_gpu(value)}
+    patch = torch._dynamo.config.patch(
+        recompile_limit=2**30, accumulated_recompile_limit=2**30, automatic_dynamic_shapes=False
+    )
+    with patch, torch.random.fork_rng(sorted(devices, key=str)), _kept_buffers(model):
+        torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=False)(*inputs, **(kwargs or {}))
+
+
+def _on_gpu(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "cuda"
+
+
+@contextlib.contextmanager
+def _kept_buffers(model: Any) -> Iterator[None]:
+    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
+    kept = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, kept, strict=True):
+                buffer.copy_(value)

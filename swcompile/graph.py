@@ -1,0 +1,297 @@
+"""Facts about a joint graph: which inputs are parameters, what each matmul is for, which one is the head.
+
+Reads graphs and never changes them, but for `name_parameters`, which writes the one fact that a graph does not
+carry by itself: the qualified names of its parameters.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import networkx
+import torch
+from torch import fx
+from torch._functorch._aot_autograd import descriptors
+
+from swcompile.kernels.quantize_columnwise import QUANTIZE_COLUMNWISE_TRANSPOSE
+from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
+from swcompile.kernels.quantize_tensorwise import QUANTIZE_TENSORWISE, QUANTIZE_TENSORWISE_TRANSPOSE
+from swcompile.kernels.scaled_mm import SCALED_MM
+from swcompile.recipe import Role
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+ALIASES = {
+    aten.alias.default,
+    aten.detach.default,
+    aten.expand.default,
+    aten.permute.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.t.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+}
+"""Ops whose result shares its first argument's memory."""
+
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, operator.getitem}
+_COPIES = {aten.clone.default, aten._unsafe_view.default, aten.reshape.default}
+CASTS = {prims.convert_element_type.default, aten._to_copy.default}
+QUANTIZERS = {
+    QUANTIZE_COLUMNWISE_TRANSPOSE,
+    QUANTIZE_ROWWISE,
+    QUANTIZE_TENSORWISE,
+    QUANTIZE_TENSORWISE_TRANSPOSE,
+}
+VIEWS = ALIASES | _SPLITS | _COPIES
+"""Ops that move or rename elements of their first argument, and do nothing else."""
+
+_GRADIENT_SUMS = {
+    aten.add.Tensor,
+    aten.sum.dim_IntList,
+    aten.sum.default,
+    aten.cat.default,
+    aten.select_scatter.default,
+    aten.slice_scatter.default,
+    aten.constant_pad_nd.default,
+}
+"""Ops by which autograd puts the parts of one parameter's gradient together."""
+
+MATMULS = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.mv.default,
+    aten.addmv.default,
+    SCALED_MM,
+}
+_BIASED = {aten.addmm.default, aten.baddbmm.default, aten.addmv.default}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Matmul:
+    """One matmul of a graph and what it is for."""
+
+    node: fx.Node
+    role: Role
+    lhs: fx.Node
+    rhs: fx.Node
+    parameter: str | None = None
+    """Qualified name of the weight: the operand in ``output`` and ``grad_input``, the result's owner in
+    ``grad_weight``."""
+    weight_on_left: bool = False
+    """The weight (in ``grad_weight``: the activation) is the left operand."""
+
+    @property
+    def is_int8(self) -> bool:
+        """It is rewritten already; its right operand then lies [N, K]."""
+        return self.node.target == SCALED_MM
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(M, N, K) of the product with its batch folded into M, symbolic sizes by their hints."""
+        *batch, m, k = sizes(self.lhs)
+        _, *columns = sizes(self.rhs)[-2:]
+        n = sizes(self.rhs)[0] if self.is_int8 else (columns or [1])[0]
+        for size in batch:
+            m *= size
+        return m, n, k
+
+
+def sizes(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a node's value, symbolic sizes by their hints (without adding guards)."""
+    return tuple(hint(size) for size in node.meta["val"].shape)
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """The size itself, or the example value behind a symbolic one."""
+    if isinstance(size, torch.SymInt):
+        known = size.node.hint
+        return int(known) if known is not None else 8192  # data-dependent: any plausible number of tokens
+    return size
+
+
+def name_parameters(graph: fx.Graph, names: Mapping[int, str]) -> None:
+    """Write parameter names to the placeholders of a joint graph.
+
+    Args:
+        graph: a joint (or inference) graph of AOTAutograd.
+        names: index among the inputs of the traced function -> qualified parameter name.
+    """
+    for node in graph.find_nodes(op="placeholder"):
+        source = node.meta.get("desc")
+        if isinstance(source, descriptors.PlainAOTInput) and source.idx in names:
+            node.meta["parameter"] = names[source.idx]
+
+
+def parameters(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Placeholder -> qualified name of the parameter that it holds.
+
+    Known from `name_parameters`, or from AOTAutograd's own descriptors where the graph was exported from a module
+    (`torch._functorch.aot_autograd.aot_export_joint_with_descriptors`).
+    """
+    found = {}
+    for node in graph.find_nodes(op="placeholder"):
+        if "parameter" in node.meta:
+            found[node] = node.meta["parameter"]
+        elif isinstance(source := node.meta.get("desc"), descriptors.ParamAOTInput):
+            found[node] = source.target
+    return found
+
+
+def matmuls(graph: fx.Graph) -> list[Matmul]:
+    """Every matmul of the graph with its role, in graph order.
+
+    Roles: ``output`` if an operand derives from a parameter through views and casts alone; ``grad_input`` likewise
+    if the other operand depends on a tangent; ``grad_weight`` if the result flows into a parameter's gradient;
+    ``other`` for the rest (attention, and products of two activations).
+    """
+    names = parameters(graph)
+    backward = backward_nodes(graph)
+    owners = _gradient_owners(graph, names)
+    weights: set[fx.Node] = set()
+    found = []
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in MATMULS:
+            continue
+        lhs, rhs = node.args[1:3] if node.target in _BIASED else node.args[:2]
+        left, right = parameter_root(lhs, names), parameter_root(rhs, names)
+        if node in backward:
+            # A parameter can be an activation too (learned queries): it is the weight only where a forward matmul
+            # used it as one.
+            left, right = (root if root in weights else None for root in (left, right))
+            if lhs in backward and rhs in backward:
+                left = right = None
+        role, parameter = Role.OTHER, None
+        if left or right:
+            role = Role.GRAD_INPUT if node in backward else Role.OUTPUT
+            root = right or left
+            assert root is not None
+            parameter = names[root]
+            if role is Role.OUTPUT:
+                weights.add(root)
+        elif (lhs in backward) != (rhs in backward) and (owner := _owner(node, owners)) in weights:
+            assert owner is not None
+            role, parameter = Role.GRAD_WEIGHT, names[owner]
+        found.append(
+            Matmul(
+                node=node,
+                role=role,
+                lhs=lhs,
+                rhs=rhs,
+                parameter=parameter,
+                weight_on_left=(rhs in backward) if role is Role.GRAD_WEIGHT else left is not None and not right,
+            )
+        )
+    return found
+
+
+def parameter_root(node: fx.Node, names: Mapping[fx.Node, str]) -> fx.Node | None:
+    """The parameter that a node derives from through views and casts alone."""
+    *_, root = derivation(node)
+    return root if root in names else None
+
+
+def derivation(node: fx.Node) -> Iterator[fx.Node]:
+    """The node, then what it is a view, cast or quantised form of, and so on to the first node that is none."""
+    yield node
+    while node.op == "call_function" and node.target in VIEWS | CASTS | QUANTIZERS:
+        (node, *_) = node.all_input_nodes
+        yield node
+
+
+def memory_of(node: fx.Node) -> tuple[Any, ...]:
+    """A key that is equal for two nodes exactly if both are the same elements of the same memory."""
+    value = node.meta["val"]
+    base = node
+    while base.op == "call_function" and base.target in ALIASES:
+        (base, *_) = base.all_input_nodes
+    layout = (tuple(value.shape), value.stride(), value.storage_offset())
+    return base, str(layout)
+
+
+def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that depend on a tangent."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_tangent = isinstance(node.meta.get("desc"), descriptors.TangentAOTInput)
+        if is_tangent or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    found.discard(graph.output_node())
+    return found
+
+
+def heads(graph: fx.Graph, found: Iterable[Matmul]) -> set[str]:
+    """Names of the weights whose matmul is the last before the model's output.
+
+    A head has no other linear layer after it and does not end in a residual add, so the last layer of a block
+    without a head behind it is not one.
+    """
+    backward = backward_nodes(graph)
+    flow = networkx.DiGraph()
+    for node in graph.nodes:
+        if node not in backward and node.op != "output":
+            flow.add_edges_from((source, node) for source in node.all_input_nodes)
+    outputs = {matmul.node: matmul for matmul in found if matmul.role is Role.OUTPUT}
+    leads_on: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes)):
+        if any(user in outputs or user in leads_on for user in node.users if user not in backward):
+            leads_on.add(node)
+    return {
+        matmul.parameter
+        for node, matmul in outputs.items()
+        if matmul.parameter and node not in leads_on and not _joins_residual(flow, node)
+    }
+
+
+def _joins_residual(flow: networkx.DiGraph, node: fx.Node) -> bool:
+    """Whether the value is added, somewhere downstream, to something that it was computed from."""
+    if node not in flow:
+        return False
+    before = networkx.ancestors(flow, node)
+    after = {node} | networkx.descendants(flow, node)
+    return any(
+        user.target == aten.add.Tensor and any(source in before for source in user.all_input_nodes)
+        for user in after
+    )
+
+
+def _gradient_owners(graph: fx.Graph, names: Mapping[fx.Node, str]) -> dict[fx.Node, fx.Node]:
+    """Output value -> the parameter whose gradient it is."""
+    by_input = {
+        source.idx if isinstance(source, descriptors.PlainAOTInput) else source: node
+        for node in names
+        if (source := node.meta.get("desc")) is not None
+    }
+    output = graph.output_node()
+    owners = {}
+    values = output.args[0] if isinstance(output.args[0], (list, tuple)) else output.args
+    for value, target in zip(values, output.meta.get("desc") or (), strict=False):
+        if isinstance(target, descriptors.GradAOTOutput) and isinstance(value, fx.Node):
+            of = target.grad_of
+            key = of.idx if isinstance(of, descriptors.PlainAOTInput) else of
+            if key in by_input:
+                owners[value] = by_input[key]
+    return owners
+
+
+def _owner(node: fx.Node, owners: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
+    """The parameter into whose gradient a value flows through views, casts and sums alone."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if current in owners:
+            return owners[current]
+        for user in current.users:
+            passes_on = user.target in VIEWS or user.target in CASTS or user.target in _GRADIENT_SUMS
+            if user.op == "call_function" and passes_on and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return None

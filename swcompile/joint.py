@@ -1,0 +1,129 @@
+"""Where Inductor and the passes meet: the hook on the joint graph, and tracing a joint graph without compiling it."""
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._functorch import config as functorch_config
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from swcompile import graph as facts
+from swcompile.pipeline import Pass, run_passes, source_fingerprint
+from swcompile.report import Decision
+
+
+class StrictError(ValueError):
+    """A matmul that was asked for could not be rewritten, and the recipe is strict."""
+
+
+class JointPass(CustomGraphPass):
+    """Runs passes on each joint (or inference) graph that Inductor makes of one Dynamo graph.
+
+    Args:
+        passes: what to run.
+        names: index among the graph's inputs -> qualified name, for the parameters.
+        identity: everything that decides what the passes do, but for their source and `names`.
+        strict: raise `StrictError` for a matmul that was asked for and is not rewritten.
+        on_decisions: called with the decisions about each graph.
+    """
+
+    def __init__(
+        self,
+        passes: Sequence[Pass],
+        *,
+        names: dict[int, str],
+        identity: str = "",
+        strict: bool = False,
+        on_decisions: Callable[[list[Decision]], None] | None = None,
+    ):
+        self.passes = list(passes)
+        self.names = names
+        self.identity = identity
+        self.strict = strict
+        self.on_decisions = on_decisions
+        self.before = inductor_config.joint_custom_pre_pass
+        """A pass that the user has hooked in: it runs first."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for other in self.before if isinstance(self.before, (list, tuple)) else (self.before,):
+            if other is not None:
+                other(graph)
+        facts.name_parameters(graph, self.names)
+        decisions = run_passes(graph, self.passes)
+        if self.on_decisions:
+            self.on_decisions(decisions)
+        violations = [d for d in decisions if d.violation]
+        if self.strict and violations:
+            lines = "\n".join(f"  {d.parameter} ({d.role.value} {d.shape}): {d.reason}" for d in violations)
+            raise StrictError(
+                f"{len(violations)} matmuls that the recipe asks for are not rewritten:\n{lines}\n"
+                "Exclude them, or compile without strict."
+            )
+
+    def uuid(self) -> str | None:
+        """What stands for this pass in Inductor's cache key; None (no caching) if a user's pass has no uuid."""
+        others = self.before if isinstance(self.before, (list, tuple)) else (self.before,)
+        before = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in others if other]
+        if None in before:
+            return None
+        key = repr((source_fingerprint(), self.identity, sorted(self.names.items()), before))
+        return hashlib.sha256(key.encode()).hexdigest()
+
+
+def parameter_names(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, str]:
+    """Index among a Dynamo graph's inputs -> qualified name, for those that are parameters.
+
+    Names come from Dynamo's sources (``L['self']._modules['fc']._parameters['weight']`` -> ``fc.weight``); they
+    start at the module whose forward Dynamo traces.
+    """
+    names = {}
+    for index, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
+        if isinstance(value, nn.Parameter):
+            source = getattr(node, "_dynamo_source", None) or getattr(node.meta.get("grapharg"), "source", None)
+            name = source.name if source is not None else node.name
+            names[index] = _qualified(name() if callable(name) else name)
+    return names
+
+
+def _qualified(source: str) -> str:
+    parts = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", source)
+    if parts:
+        return ".".join(parts)
+    # Split by DDP's bucketing, Dynamo's graph keeps the names of its inputs and not their sources.
+    mangled = re.fullmatch(r"l_\w*?_(modules_.*)?parameters_(\w+?)_?", source)
+    if mangled:
+        modules = (mangled[1] or "").removeprefix("modules_").replace("_modules_", ".").rstrip("_")
+        return ".".join(part for part in (modules, mangled[2]) if part)
+    return re.sub(r"^[LG]\['\w+'\]\.?", "", source)
+
+
+def trace_joint(
+    gm: fx.GraphModule, inputs: Sequence[Any], hook: Callable[[fx.Graph], None]
+) -> Callable[..., Any]:
+    """Take a Dynamo graph through AOTAutograd as Inductor does, with `hook` on the joint graph, and compile nothing.
+
+    Returns:
+        A callable that runs the graphs node by node, gradients included.
+    """
+    patches = {"joint_custom_pre_pass": hook}
+    with functorch_config.patch(enable_autograd_cache=False):  # else a warm cache would skip the hook
+        return compile_fx(gm, inputs, inner_compile=_run_node_by_node, config_patches=patches)
+
+
+def _run_node_by_node(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
+    return make_boxed_func(gm.forward)
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy that shares nothing but the values in ``meta``."""
+    copied = fx.Graph()
+    result, output = copied.graph_copy(graph, {}, return_output_node=True)
+    copied.output(result)
+    copied.output_node().meta = dict(output.meta)
+    return copied

@@ -1,0 +1,212 @@
+"""Runs passes over a graph, and checks after each one that the graph is legal. Prints graphs."""
+
+import dataclasses
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from swcompile import graph as facts
+from swcompile.report import Decision
+
+log = logging.getLogger("swcompile")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class PassResult:
+    """What a pass did."""
+
+    rewrites: int = 0
+    decisions: list[Decision] = dataclasses.field(default_factory=list)
+    """One for each matmul that the pass looked at."""
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Node name -> what to add to the reason that an earlier pass gave for it."""
+
+
+Pass = Callable[[fx.Graph], PassResult]
+
+
+def run_passes(graph: fx.Graph, passes: Sequence[Pass]) -> list[Decision]:
+    """Run passes in order, in place, and return the decisions about the graph's matmuls.
+
+    After each pass: dead code out, lint, `verify`.
+
+    Args:
+        graph: a joint or inference graph of AOTAutograd, each node with ``meta["val"]``.
+        passes: functions from a graph to a `PassResult`; their options are bound with `functools.partial`.
+    """
+    decisions: list[Decision] = []
+    for rewrite in passes:
+        start = time.perf_counter()
+        before = set(graph.nodes)
+        result = rewrite(graph)
+        if result.rewrites:
+            graph.eliminate_dead_code()
+            graph.lint()
+            verify(node for node in graph.nodes if node not in before)
+        decisions = [
+            dataclasses.replace(d, reason=f"{d.reason}; {result.notes[d.node]}") if d.node in result.notes else d
+            for d in (*decisions, *result.decisions)
+        ]
+        name = getattr(rewrite, "func", rewrite).__name__
+        log.debug("%s: %d rewrites in %.2f s", name, result.rewrites, time.perf_counter() - start)
+    return decisions
+
+
+def verify(new: Iterable[fx.Node]) -> None:
+    """Check the nodes that a pass made.
+
+    Each has ``meta["val"]``, equal to what its op gives for its arguments' values, and a quantised value reaches
+    only ops that also take its own scale.
+    """
+    for node in new:
+        if node.op != "call_function":
+            continue
+        assert "val" in node.meta, f"{node.format_node()} has no meta['val']"
+        expected = fake_result(node.target, node.args, node.kwargs)
+        for want, have in zip(_tensors(expected), _tensors(node.meta["val"]), strict=True):
+            same = (want.shape, want.dtype, want.device) == (have.shape, have.dtype, have.device)
+            assert same, f"{node.format_node()} has meta {have}, but its op gives {want}"
+        if "quantized_with" in node.meta:
+            scale = node.meta["quantized_with"]
+            for user in node.users:
+                assert scale in user.all_input_nodes, f"{user.format_node()} reads {node} without its scale {scale}"
+
+
+def fake_result(target: Any, args: Any, kwargs: Any) -> Any:
+    """What an op gives for the values of its argument nodes, without computing it."""
+    values, keywords = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
+    mode = torch._guards.detect_fake_mode([values, keywords])
+    assert mode is not None, f"no fake tensor among the arguments of {target}"
+    with mode, torch.no_grad():
+        return target(*values, **keywords)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def emit(
+    graph: fx.Graph, target: Any, *args: Any, like: fx.Node, only_in_backward: bool = False, **kwargs: Any
+) -> fx.Node:
+    """Add ``target(*args, **kwargs)`` at the insertion point, with a value and the origin of `like`.
+
+    Args:
+        graph: where to; set the insertion point with ``graph.inserting_before``.
+        target: the op.
+        args: its arguments, nodes or constants.
+        like: the node that the new one does the work of: stack trace, module, checkpointing tag, forward or backward.
+        only_in_backward: the partitioner must compute the node in the backward, not keep it from the forward.
+        kwargs: its keyword arguments.
+    """
+    node = graph.call_function(target, args, kwargs)
+    node.meta = {key: like.meta[key] for key in _ORIGIN if key in like.meta}
+    if only_in_backward:
+        node.meta["partitioner_tag"] = "must_be_in_backward"
+        node.meta.pop("recompute", None)
+    node.meta["val"] = fake_result(target, args, kwargs)
+    return node
+
+
+_ORIGIN = (
+    "stack_trace",
+    "nn_module_stack",
+    "fwd_nn_module_stack",
+    "source_fn_stack",
+    "fwd_source_fn_stack",
+    "seq_nr",
+    "partitioner_tag",
+    "autograd_backward",
+    "recompute",
+    "ac_graph_id",
+    "custom",
+)
+
+
+def source_fingerprint() -> str:
+    """A hash of every source file of this package: the part of a cache key that stands for our code."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    kernels = Path(__import__("swcompile.kernels", fromlist=["kernels"]).__file__).parent
+    for folder in (package, package / "passes", kernels):
+        for file in sorted(folder.glob("*.py")):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+_SHORT_DTYPES = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+    torch.bool: "b8",
+}
+
+
+def format_graph(graph: fx.Graph) -> str:
+    """The graph as text, one node a line, in names that do not depend on FX's.
+
+    ::
+
+        %0: f32[64, 32] = parameter fc.weight
+        %1: f32[8, 32] = input
+        %2: f32[32, 64] = aten.permute(%0, [1, 0])
+        %3: f32[8, 64] = aten.mm(%1, %2)
+        return %3
+    """
+    names: dict[fx.Node, str] = {}
+    known = facts.parameters(graph)
+    lines = []
+    for node in graph.nodes:
+        if node.op == "output":
+            values = node.args[0] if isinstance(node.args[0], (list, tuple)) else node.args
+            lines.append("return " + ", ".join(_format_argument(value, names) for value in values))
+            continue
+        names[node] = f"%{len(names)}"
+        if node.op == "placeholder":
+            what = f"parameter {known[node]}" if node in known else _placeholder_kind(node)
+        elif node.op == "get_attr":
+            what = f"attribute {node.target}"
+        else:
+            arguments = [_format_argument(value, names) for value in node.args]
+            arguments += [f"{key}={_format_argument(value, names)}" for key, value in node.kwargs.items()]
+            what = f"{_format_target(node.target)}({', '.join(arguments)})"
+        lines.append(f"{names[node]}: {_format_value(node.meta.get('val'))} = {what}")
+    return "\n".join(lines)
+
+
+def _placeholder_kind(node: fx.Node) -> str:
+    return "tangent" if str(node.target).startswith("tangents") else "input"
+
+
+def _format_target(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    return getattr(target, "__name__", str(target))
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        short = _SHORT_DTYPES.get(value.dtype, str(value.dtype).removeprefix("torch."))
+        return f"{short}[{', '.join(str(size) for size in value.shape)}]"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(_format_value(item) for item in value)})"
+    return "?" if value is None else str(value)
+
+
+def _format_argument(value: Any, names: dict[fx.Node, str]) -> str:
+    if isinstance(value, fx.Node):
+        return names[value]
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_format_argument(item, names) for item in value)}]"
+    if isinstance(value, torch.dtype):
+        return _SHORT_DTYPES.get(value, str(value))
+    return str(value)

@@ -1,0 +1,160 @@
+"""Which matmul runs in which format, where, and the named recipes. Data only: the passes read it."""
+
+import dataclasses
+import difflib
+import enum
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+class Role(enum.Enum):
+    """What a matmul is for. The three GEMMs of a linear layer, and everything else."""
+
+    OUTPUT = "output"
+    GRAD_INPUT = "grad_input"
+    GRAD_WEIGHT = "grad_weight"
+    OTHER = "other"
+
+
+class Scaling(enum.Enum):
+    """How many scales an operand gets. The operand is seen as [outer, contracted]."""
+
+    VECTOR = "vector"
+    """One scale for each outer index: a row of activations, an output channel of a weight."""
+    TENSOR = "tensor"
+    """One scale for the whole operand."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class GemmFormat:
+    """How one matmul runs in int8."""
+
+    weight: Scaling
+    """Scaling of the operand that is the weight (in ``grad_weight``: of the activation)."""
+    other: Scaling = Scaling.VECTOR
+    """Scaling of the other operand: the activation in ``output``, the output gradient in the other two."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What to rewrite. Frozen; change it with `dataclasses.replace`."""
+
+    name: str
+    """The name under which reports show it."""
+    output: GemmFormat | None = None
+    """Format of ``x @ w.T``; None leaves it in the model's own dtype."""
+    grad_input: GemmFormat | None = None
+    """Format of ``grad @ w``; None leaves it."""
+    grad_weight: GemmFormat | None = None
+    """Format of ``grad.T @ x``; None leaves it, which is SwitchBack's point: it sums over all tokens."""
+    save_int8_activations: bool = False
+    """Keep the int8 activation from forward to backward; ``grad_weight`` reads it dequantised."""
+    include: tuple[str, ...] | None = None
+    """Globs on parameter names. None means every linear layer but the last before the model's output, which the
+    paper leaves in 16 bit; a pattern that matches the last one asks for it."""
+    exclude: tuple[str, ...] = ()
+    """Globs on parameter names to leave alone. Wins over `include`."""
+    strict: bool = False
+    """Raise when a matmul that was asked for is not rewritten, or when a pattern matches no parameter."""
+    skip_slower: bool = True
+    """Leave a matmul alone where int8 with its quantisation is predicted to be slower than the original."""
+
+    def format_of(self, role: Role) -> GemmFormat | None:
+        """The format for matmuls of that role, or None to leave them."""
+        return None if role is Role.OTHER else getattr(self, role.value)
+
+    def included_by(self, parameter: str) -> bool:
+        """Whether an `include` pattern names this parameter."""
+        return any(fnmatch.fnmatchcase(parameter, pattern) for pattern in self.include or ())
+
+    def excluded_by(self, parameter: str) -> str | None:
+        """The first `exclude` pattern that names this parameter."""
+        return next((p for p in self.exclude if fnmatch.fnmatchcase(parameter, p)), None)
+
+    def unmatched_patterns(self, parameters: Iterable[str]) -> dict[str, str]:
+        """Patterns of `include` and `exclude` that match none of these names, each with the closest name."""
+        names = list(parameters)
+        unmatched = {}
+        for pattern in (*(self.include or ()), *self.exclude):
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+                unmatched[pattern] = close[0] if close else ""
+        return unmatched
+
+
+def switchback() -> Recipe:
+    """SwitchBack (arXiv 2304.13013, Algorithm 1): activations and gradients row-wise, weights tensor-wise."""
+    gemm = GemmFormat(weight=Scaling.TENSOR)
+    return Recipe(name="switchback", output=gemm, grad_input=gemm)
+
+
+def switchback_m() -> Recipe:
+    """SwitchBackM, the memory-efficient variant: activations are kept for the backward in int8."""
+    return dataclasses.replace(switchback(), name="switchback_m", save_int8_activations=True)
+
+
+def switchback_q() -> Recipe:
+    """SwitchBackQ: weights row-wise in the forward and column-wise in the backward."""
+    gemm = GemmFormat(weight=Scaling.VECTOR)
+    return Recipe(name="switchback_q", output=gemm, grad_input=gemm)
+
+
+def llm_int8() -> Recipe:
+    """LLM.int8() without outliers, the paper's baseline: all three matmuls int8 with vector-wise scales."""
+    gemm = GemmFormat(weight=Scaling.VECTOR)
+    return Recipe(name="llm_int8", output=gemm, grad_input=gemm, grad_weight=gemm)
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    recipe.__name__: recipe for recipe in (switchback, switchback_m, switchback_q, llm_int8)
+}
+
+_RECIPE_OPTIONS = ("include", "exclude", "strict", "skip_slower")
+OPTIONS = ("recipe", *_RECIPE_OPTIONS)
+"""The options that `make_recipe` takes."""
+
+
+def make_recipe(options: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from the options of ``torch.compile(..., options=...)``.
+
+    Args:
+        options: ``recipe`` (a name in `RECIPES` or a `Recipe`; default ``"switchback"``), ``include`` and
+            ``exclude`` (a glob on parameter names, or several), ``strict``, ``skip_slower``.
+
+    Raises:
+        ValueError: an unknown option or recipe, naming the closest legal one; a value of the wrong type.
+    """
+    for option in options:
+        if option not in OPTIONS:
+            raise ValueError(f"unknown option {option!r}; did you mean {closest(option, OPTIONS)!r}?")
+    recipe = options.get("recipe", "switchback")
+    if not isinstance(recipe, Recipe):
+        if recipe not in RECIPES:
+            raise ValueError(
+                f"unknown recipe {recipe!r}; did you mean {closest(str(recipe), RECIPES)!r}? "
+                f"Known: {', '.join(RECIPES)}"
+            )
+        recipe = RECIPES[recipe]()
+    changes: dict[str, Any] = {}
+    for option in ("include", "exclude"):
+        if options.get(option) is not None:
+            changes[option] = _patterns(option, options[option])
+    for option in ("strict", "skip_slower"):
+        if option in options:
+            if not isinstance(options[option], bool):
+                raise ValueError(f"option {option!r} is {options[option]!r}; it takes True or False")
+            changes[option] = options[option]
+    return dataclasses.replace(recipe, **changes)
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """The legal word that is nearest to a wrong one."""
+    return difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)[0]
+
+
+def _patterns(option: str, value: Any) -> tuple[str, ...]:
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"option {option!r} is {value!r}; it takes a glob or a list of globs")
+    return patterns
