@@ -2,6 +2,8 @@
 """int8 back to a floating dtype. Shapes: M rows, K columns; the scale is [M, 1], [1, K] or [1, 1]."""
 
 import torch
+from swcompile.kernels.int8 import with_unit_inner_stride
+from swcompile.kernels.launch import tl, triton
 from swcompile.kernels.library import Work, define_op
 
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -39,7 +41,55 @@ def dequantize_work(num_rows: int, num_columns: int, itemsize: int, *, num_scale
 
 
 def dequantize_triton(x_q_MK: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    raise NotImplementedError
+    """`dequantize` by the Triton kernel: what the op does on CUDA."""
+    _check(x_q_MK, scale, dtype)
+    x_q_MK = with_unit_inner_stride(x_q_MK)
+    num_rows, num_columns = x_q_MK.shape
+    out_MK = torch.empty((num_rows, num_columns), dtype=dtype, device=x_q_MK.device)
+    if out_MK.numel():
+        per_column = scale.shape[1] != 1
+        scale_stride = scale.stride(1 if per_column else 0) if scale.numel() > 1 else 0
+        _dequantize_kernel[(triton.cdiv(num_rows, _ROWS), triton.cdiv(num_columns, _COLUMNS))](
+            x_q_MK,
+            scale,
+            out_MK,
+            num_rows,
+            num_columns,
+            x_q_MK.stride(0),
+            scale_stride,
+            PER_COLUMN=per_column,
+            ROWS=_ROWS,
+            COLUMNS=_COLUMNS,
+        )
+    return out_MK
+
+
+_ROWS, _COLUMNS = 4, 1024
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _dequantize_kernel(
+    x_q_ptr,
+    scale_ptr,
+    out_ptr,
+    num_rows,
+    num_columns,
+    x_q_stride,
+    scale_stride,
+    PER_COLUMN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    rows = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64), num_rows - 1)[:, None]
+    columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    mask = columns < num_columns
+    x_q = tl.load(x_q_ptr + rows * x_q_stride + columns, mask=mask, other=0)
+    if PER_COLUMN:
+        scale = tl.load(scale_ptr + columns * scale_stride, mask=mask, other=0.0)
+    else:
+        scale = tl.load(scale_ptr + rows * scale_stride)  # a stride of 0 serves a single scale
+    out = x_q.to(tl.float32) * scale
+    tl.store(out_ptr + rows * num_columns + columns, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def _check(x_q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> None:

@@ -102,3 +102,12 @@ def round_to_int8(x, inverse):
     """
     rounded = (x.to(tl.float32) * inverse + _ROUNDER).to(tl.int32, bitcast=True)
     return tl.where(inverse != 0.0, rounded, 0).to(tl.int8)
+
+
+@triton.jit
+def store_int8_tile(x_q, same_ptr, transposed_ptr, rows, columns, num_rows, num_columns, mask, SAME, TRANSPOSED):
+    """Store tile `x_q` of a [num_rows, num_columns] matrix into a contiguous copy, a transposed one, or both."""
+    if SAME:
+        tl.store(same_ptr + (rows * num_columns)[:, None] + columns[None, :], x_q, mask=mask)
+    if TRANSPOSED:
+        tl.store(transposed_ptr + (columns * num_rows)[:, None] + rows[None, :], tl.trans(x_q), mask=tl.trans(mask))

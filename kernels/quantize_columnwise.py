@@ -1,10 +1,22 @@
 # mypy: allow-untyped-defs
 """Column-wise int8 quantisation with a transpose. Shapes: N rows, K columns, one scale a column."""
 
+from typing import NamedTuple
+
 import torch
-from swcompile.kernels.int8 import check_quantizer_input
+from swcompile.kernels import int8
+from swcompile.kernels.int8 import (
+    check_quantizer_input,
+    magnitude_bits,
+    round_to_int8,
+    scale_and_inverse,
+    store_int8_tile,
+    with_unit_inner_stride,
+)
+from swcompile.kernels.launch import device_facts, tl, triton
 from swcompile.kernels.library import Work, define_op
-from swcompile.kernels.quantize_rowwise import quantize_rowwise_reference
+from swcompile.kernels.quantize_rowwise import quantize_rowwise_reference, quantize_rowwise_triton
+from swcompile.kernels.tuning import Tuner, bucket
 
 
 def quantize_columnwise_transpose(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +49,155 @@ def quantize_columnwise_transpose_work(num_rows: int, num_columns: int, itemsize
 
 
 def quantize_columnwise_transpose_triton(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    raise NotImplementedError
+    """`quantize_columnwise_transpose` by the Triton kernels: what the op does on CUDA."""
+    check_quantizer_input("quantize_columnwise_transpose", x_NK)
+    num_rows, num_columns = x_NK.shape
+    if (x_NK.stride(0) == 1 and x_NK.stride(1) != 1) or num_rows == 0:  # stored as its transpose
+        return quantize_rowwise_triton(x_NK.t())
+    x_NK = with_unit_inner_stride(x_NK)
+    x_q_KN = torch.empty((num_columns, num_rows), dtype=torch.int8, device=x_NK.device)
+    scale_K1 = torch.empty((num_columns, 1), dtype=torch.float32, device=x_NK.device)
+    if num_columns:
+        partial_PK = torch.empty((MAX_PARTIALS, num_columns), dtype=torch.int32, device=x_NK.device)
+
+        def run(config: ColumnConfig) -> None:
+            launch(config, x_NK, partial_PK, x_q_KN, scale_K1)
+
+        key = (bucket(num_rows), num_columns, x_NK.dtype)
+        run(_TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device))
+    return x_q_KN, scale_K1
+
+
+class ColumnConfig(NamedTuple):
+    """The tile that a program loads, rounds and stores transposed."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+MAX_PARTIALS = 64
+"""Spans of rows at most that the first kernel finds column maxima of, for the second one to join."""
+CANDIDATES = [
+    ColumnConfig(64, 128, 4),
+    ColumnConfig(128, 128, 8),
+    ColumnConfig(128, 64, 4),
+    ColumnConfig(64, 64, 4),
+    ColumnConfig(128, 128, 4),
+]
+
+
+def launch(
+    config: ColumnConfig,
+    x_NK: torch.Tensor,
+    partial_PK: torch.Tensor,
+    x_q_KN: torch.Tensor,
+    scale_K1: torch.Tensor,
+) -> None:
+    """Run both kernels in the given configuration."""
+    num_rows, num_columns = x_NK.shape
+    num_multiprocessors = device_facts(x_NK.device).num_multiprocessors
+    blocks = triton.cdiv(num_columns, _ABSMAX_COLUMNS)
+    rows_each = _span(num_rows, _ABSMAX_ROWS, min(MAX_PARTIALS, triton.cdiv(8 * num_multiprocessors, blocks)))
+    num_partials = triton.cdiv(num_rows, rows_each)
+    _column_absmax_kernel[(blocks, num_partials)](
+        x_NK,
+        partial_PK,
+        num_rows,
+        num_columns,
+        x_NK.stride(0),
+        rows_each,
+        ROWS=_ABSMAX_ROWS,
+        COLUMNS=_ABSMAX_COLUMNS,
+        num_warps=4,
+    )
+    blocks = triton.cdiv(num_columns, config.columns)
+    rows_each = _span(num_rows, config.rows, triton.cdiv(16 * num_multiprocessors, blocks))
+    _quantize_columns_kernel[(blocks, triton.cdiv(num_rows, rows_each))](
+        x_NK,
+        partial_PK,
+        x_q_KN,
+        scale_K1,
+        num_partials,
+        num_rows,
+        num_columns,
+        x_NK.stride(0),
+        rows_each,
+        ROWS=config.rows,
+        COLUMNS=config.columns,
+        MAX_PARTIALS=partial_PK.shape[0],
+        num_warps=config.num_warps,
+        enable_fp_fusion=False,
+    )
+
+
+def _span(num_rows: int, tile_rows: int, num_spans: int) -> int:
+    """Rows a program, a multiple of its tile's, so that about `num_spans` programs share all rows."""
+    return triton.cdiv(triton.cdiv(num_rows, tile_rows), num_spans) * tile_rows
+
+
+_ABSMAX_ROWS, _ABSMAX_COLUMNS = 32, 128
+
+
+@triton.jit
+def _column_absmax_kernel(
+    x_ptr,
+    partial_ptr,
+    num_rows,
+    num_columns,
+    x_stride,
+    rows_each,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Program (c, p): largest `magnitude_bits` of each column of block c over span p of the rows."""
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = columns < num_columns
+    first = tl.program_id(1) * rows_each
+    bits = tl.zeros([ROWS, COLUMNS], tl.int32)
+    for start in range(first, tl.minimum(first + rows_each, num_rows), ROWS):
+        rows = tl.minimum(start + tl.arange(0, ROWS).to(tl.int64), num_rows - 1)
+        x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask[None, :], other=0.0)
+        bits = tl.maximum(bits, magnitude_bits(x))
+    partial = partial_ptr + tl.program_id(1).to(tl.int64) * num_columns + columns
+    tl.store(partial, tl.max(bits, axis=0), mask=mask)
+
+
+@triton.jit
+def _quantize_columns_kernel(
+    x_ptr,
+    partial_ptr,
+    x_q_ptr,
+    scale_ptr,
+    num_partials,
+    num_rows,
+    num_columns,
+    x_stride,
+    rows_each,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MAX_PARTIALS: tl.constexpr,
+):
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
+    column_mask = columns < num_columns
+    index = tl.arange(0, MAX_PARTIALS)[:, None]
+    partial = tl.load(
+        partial_ptr + index * num_columns + columns[None, :],
+        mask=(index < num_partials) & column_mask[None, :],
+        other=0,
+    )
+    scale, inverse = scale_and_inverse(tl.max(partial, axis=0))
+    tl.store(scale_ptr + columns, scale, mask=column_mask)  # every span writes the same bits
+    first = tl.program_id(1) * rows_each
+    for start in range(first, tl.minimum(first + rows_each, num_rows), ROWS):
+        rows = start + tl.arange(0, ROWS).to(tl.int64)
+        mask = (rows < num_rows)[:, None] & column_mask[None, :]
+        x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
+        x_q = round_to_int8(x, inverse[None, :])
+        store_int8_tile(x_q, None, x_q_ptr, rows, columns, num_rows, num_columns, mask, False, True)
+
+
+_TUNER: Tuner[ColumnConfig] = Tuner("quantize_columnwise_transpose", [__file__, int8.__file__])
 
 
 def _fake(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -53,10 +53,10 @@ def quantize_rowwise_work(num_rows: int, num_columns: int, itemsize: int) -> Wor
 LANE_ELEMENTS = 8
 """Adjacent elements that a thread takes of each piece of a row: one 16-byte load of 16-bit elements."""
 PIECE_PER_WARP = 32 * LANE_ELEMENTS
-MAX_PIECES = 16
-"""A row stays in registers between finding the absmax and rounding if a thread holds at most so many pieces of it."""
-MAX_RESIDENT_COLUMNS = 32 * PIECE_PER_WARP * MAX_PIECES
-"""Longer rows are read twice."""
+MAX_PIECES = 8
+"""A thread holds at most so many pieces in registers, between finding the absmax and rounding."""
+MAX_RESIDENT_COLUMNS = 16 * PIECE_PER_WARP * MAX_PIECES
+"""Longer rows are read twice, the second time from the L2 cache."""
 
 
 class RowwiseConfig(NamedTuple):
@@ -125,7 +125,7 @@ def candidates(num_columns: int) -> list[RowwiseConfig]:
         if num_pieces <= MAX_PIECES and smallest:
             padding = num_pieces * PIECE_PER_WARP * warps_per_row - num_columns
             for num_warps in {max(warps_per_row, 4), max(warps_per_row, 8)}:
-                badness = abs(num_pieces - 5) + 16 * padding / num_columns + num_warps / 16
+                badness = abs(num_pieces - 5) + 16 * padding / max(num_columns, 1) + num_warps / 16
                 configs.append((badness, RowwiseConfig(warps_per_row, num_warps)))
     return [config for _, config in sorted(configs)[:8]]
 

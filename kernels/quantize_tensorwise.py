@@ -1,14 +1,24 @@
 # mypy: allow-untyped-defs
 """Tensor-wise int8 quantisation, as it is, transposed, or both. Shapes: N rows (out features), K columns (in features)."""
 
+from typing import NamedTuple
+
 import torch
+from swcompile.kernels import int8
 from swcompile.kernels.int8 import (
     absmax_reference,
     check_quantizer_input,
+    magnitude_bits,
     round_reference,
+    round_to_int8,
+    scale_and_inverse,
     scale_and_inverse_reference,
+    store_int8_tile,
+    with_unit_inner_stride,
 )
+from swcompile.kernels.launch import device_facts, tl, triton
 from swcompile.kernels.library import Work, define_op
+from swcompile.kernels.tuning import Tuner, bucket
 
 
 def quantize_tensorwise(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,15 +78,161 @@ def quantize_tensorwise_work(num_rows: int, num_columns: int, itemsize: int, *, 
 
 
 def quantize_tensorwise_triton(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    raise NotImplementedError
+    """`quantize_tensorwise` by the Triton kernels: what the op does on CUDA."""
+    x_q_NK, _, scale_11 = _quantize(x_NK, same=True, transposed=False)
+    return x_q_NK, scale_11
 
 
 def quantize_tensorwise_transpose_triton(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    raise NotImplementedError
+    """`quantize_tensorwise_transpose` by the Triton kernels: what the op does on CUDA."""
+    _, x_q_KN, scale_11 = _quantize(x_NK, same=False, transposed=True)
+    return x_q_KN, scale_11
 
 
 def quantize_tensorwise_both_triton(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    raise NotImplementedError
+    """`quantize_tensorwise_both` by the Triton kernels: what the op does on CUDA."""
+    return _quantize(x_NK, same=True, transposed=True)
+
+
+class TileConfig(NamedTuple):
+    """The tile that a program loads, rounds and stores."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+MAX_PARTIALS = 512
+"""Programs of the first kernel at most: each program of the second one takes the maximum of all their results."""
+CANDIDATES = [
+    TileConfig(64, 128, 4),
+    TileConfig(128, 128, 8),
+    TileConfig(128, 64, 4),
+    TileConfig(64, 64, 4),
+    TileConfig(32, 256, 4),
+    TileConfig(128, 128, 4),
+]
+
+
+def _quantize(
+    x_NK: torch.Tensor, *, same: bool, transposed: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x_q, x_q transposed, scale); of the first two, one not asked for is empty."""
+    check_quantizer_input("quantize_tensorwise", x_NK)
+    if x_NK.stride(0) == 1 and x_NK.stride(1) != 1:  # stored as its transpose: swap the two outputs instead
+        x_q_KN, x_q_NK, scale_11 = _quantize(x_NK.t(), same=transposed, transposed=same)
+        return x_q_NK, x_q_KN, scale_11
+    x_NK = with_unit_inner_stride(x_NK)
+    num_rows, num_columns = x_NK.shape
+    x_q_NK = torch.empty((num_rows, num_columns) if same else (0,), dtype=torch.int8, device=x_NK.device)
+    x_q_KN = torch.empty((num_columns, num_rows) if transposed else (0,), dtype=torch.int8, device=x_NK.device)
+    scale_11 = torch.empty((1, 1), dtype=torch.float32, device=x_NK.device)
+    partial = torch.empty(MAX_PARTIALS, dtype=torch.int32, device=x_NK.device)
+
+    def run(config: TileConfig) -> None:
+        launch(config, x_NK, partial, x_q_NK if same else None, x_q_KN if transposed else None, scale_11)
+
+    key = (bucket(num_rows), num_columns, x_NK.dtype, same, transposed)
+    run(_TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device))
+    return x_q_NK, x_q_KN, scale_11
+
+
+def launch(
+    config: TileConfig,
+    x_RC: torch.Tensor,
+    partial_P: torch.Tensor,
+    same_RC: torch.Tensor | None,
+    transposed_CR: torch.Tensor | None,
+    scale_11: torch.Tensor,
+) -> None:
+    """Run both kernels in the given configuration; an output that is None is not written."""
+    num_rows, num_columns = x_RC.shape
+    num_multiprocessors = device_facts(x_RC.device).num_multiprocessors
+    num_partials = min(
+        triton.cdiv(num_rows, _ABSMAX_ROWS) * triton.cdiv(num_columns, _ABSMAX_COLUMNS),
+        4 * num_multiprocessors,
+        MAX_PARTIALS,
+    )
+    if num_partials:
+        _absmax_kernel[(num_partials,)](
+            x_RC, partial_P, num_rows, num_columns, x_RC.stride(0), _ABSMAX_ROWS, _ABSMAX_COLUMNS, num_warps=8
+        )
+    num_tiles = triton.cdiv(num_rows, config.rows) * triton.cdiv(num_columns, config.columns)
+    _quantize_tiles_kernel[(max(min(num_tiles, 16 * num_multiprocessors), 1),)](
+        x_RC,
+        partial_P,
+        same_RC,
+        transposed_CR,
+        scale_11,
+        num_partials,
+        num_rows,
+        num_columns,
+        x_RC.stride(0),
+        ROWS=config.rows,
+        COLUMNS=config.columns,
+        MAX_PARTIALS=partial_P.shape[0],
+        SAME=same_RC is not None,
+        TRANSPOSED=transposed_CR is not None,
+        num_warps=config.num_warps,
+        enable_fp_fusion=False,
+    )
+
+
+_ABSMAX_ROWS, _ABSMAX_COLUMNS = 16, 512
+
+
+@triton.jit
+def _absmax_kernel(
+    x_ptr, partial_ptr, num_rows, num_columns, x_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Program p: largest `magnitude_bits` of tiles p, p + P, p + 2 P, ... of P programs."""
+    tiles_per_row = tl.cdiv(num_columns, COLUMNS)
+    num_tiles = tl.cdiv(num_rows, ROWS) * tiles_per_row
+    bits = tl.zeros([ROWS, COLUMNS], tl.int32)
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        rows = (tile // tiles_per_row) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        rows = tl.minimum(rows, num_rows - 1)  # a row seen twice changes no maximum
+        columns = (tile % tiles_per_row) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns, mask=columns < num_columns, other=0.0)
+        bits = tl.maximum(bits, magnitude_bits(x))
+    tl.store(partial_ptr + tl.program_id(0), tl.max(tl.max(bits, axis=1), axis=0))
+
+
+@triton.jit
+def _quantize_tiles_kernel(
+    x_ptr,
+    partial_ptr,
+    same_ptr,
+    transposed_ptr,
+    scale_ptr,
+    num_partials,
+    num_rows,
+    num_columns,
+    x_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MAX_PARTIALS: tl.constexpr,
+    SAME: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    index = tl.arange(0, MAX_PARTIALS)
+    partial = tl.load(partial_ptr + index, mask=index < num_partials, other=0)
+    scale, inverse = scale_and_inverse(tl.max(partial, axis=0))
+    tl.store(scale_ptr, scale)  # every program writes the same bits
+    tiles_per_row = tl.cdiv(num_columns, COLUMNS)
+    num_tiles = tl.cdiv(num_rows, ROWS) * tiles_per_row
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        rows = (tile // tiles_per_row) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        columns = (tile % tiles_per_row) * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
+        mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+        x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
+        x_q = round_to_int8(x, inverse)
+        store_int8_tile(
+            x_q, same_ptr, transposed_ptr, rows, columns, num_rows, num_columns, mask, SAME, TRANSPOSED
+        )
+
+
+_TUNER: Tuner[TileConfig] = Tuner("quantize_tensorwise", [__file__, int8.__file__])
 
 
 def _fake(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

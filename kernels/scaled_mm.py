@@ -1,11 +1,13 @@
-# mypy: allow-untyped-defs
 """int8 matmul with a scaled epilogue. Shapes: M rows of A (tokens), N rows of B (out features), K the summed dimension."""
 
 from functools import cache
 
 import torch
 import torch.nn.functional as F
+from swcompile.kernels import scaled_mm_kernels
 from swcompile.kernels.library import Work, define_op
+from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_tma, launch
+from swcompile.kernels.tuning import Tuner, bucket
 
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_K = (2**31 - 1) // 127**2
@@ -80,7 +82,27 @@ def scaled_mm_triton(
     bias_N: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    raise NotImplementedError
+    """`scaled_mm` by a Triton kernel: what the op does on CUDA."""
+    _check_dtypes(a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N, out_dtype)
+    _check_shapes(a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N)
+    (num_rows, num_summed), num_columns = a_q_MK.shape, b_q_NK.shape[0]
+    out_MN = torch.empty((num_rows, num_columns), dtype=out_dtype, device=a_q_MK.device)
+    if out_MN.numel() == 0:
+        return out_MN
+    a_q_MK, b_q_NK = a_q_MK.contiguous(), b_q_NK.contiguous()
+    scale_a_M1, scale_b = scale_a_M1.contiguous(), scale_b.contiguous()
+    bias_N = None if bias_N is None else bias_N.contiguous()
+
+    def run(config: MatmulConfig) -> None:
+        launch(config, a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N, out_MN)
+
+    tma = fits_tma(a_q_MK, b_q_NK, out_MN)
+    key = (bucket(num_rows), num_columns, num_summed, out_dtype, bias_N is not None, scale_b.numel() > 1, tma)
+    run(_TUNER.choose(key, lambda: candidates(tma), run, a_q_MK.device))
+    return out_MN
+
+
+_TUNER: Tuner[MatmulConfig] = Tuner("scaled_mm", [scaled_mm_kernels.__file__])
 
 
 def _int32_matmul(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:

@@ -149,14 +149,17 @@ def _call_with(
     *,
     fullgraph: bool,
 ) -> None:
-    """Trace and call a model once, and leave no trace of it in the model or in Dynamo's view of its shapes."""
+    """Trace and call a model once, and leave no trace of it in the model or in Dynamo's caches."""
     model = getattr(model, "_orig_mod", model)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    # Dynamo keeps what it compiled, and which sizes it saw change, with the code object: give it one of our own.
+    call.__code__ = call.__code__.replace()
     devices = {value.device for value in torch.utils._pytree.tree_leaves((inputs, kwargs)) if _on_gpu(value)}
-    patch = torch._dynamo.config.patch(
-        recompile_limit=2**30, accumulated_recompile_limit=2**30, automatic_dynamic_shapes=False
-    )
-    with patch, torch.random.fork_rng(sorted(devices, key=str)), _kept_buffers(model):
-        torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=False)(*inputs, **(kwargs or {}))
+    with torch.random.fork_rng(sorted(devices, key=str)), _kept_buffers(model):
+        torch.compile(call, backend=backend, fullgraph=fullgraph, dynamic=False)(*inputs, **(kwargs or {}))
 
 
 def _on_gpu(value: Any) -> bool:

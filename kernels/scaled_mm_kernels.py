@@ -1,0 +1,225 @@
+# mypy: allow-untyped-defs
+"""The two Triton kernels of `scaled_mm`. Shapes: M rows of A, N rows of B, K the summed dimension.
+
+Configurations are many and host code little here; what the op means, checks and promises stands in `scaled_mm.py`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from swcompile.kernels.launch import device_facts, tl, triton
+
+
+class MatmulConfig(NamedTuple):
+    """Tile and schedule of one of the two kernels."""
+
+    kernel: str
+    """"tma": persistent, operands and result moved by the copy engine (Hopper and later); "pointers": any GPU."""
+    rows: int
+    columns: int
+    summed: int
+    """Elements of K a step."""
+    num_warps: int
+    num_stages: int
+    """Steps whose operands are in flight or in use."""
+    group_rows: int = 8
+    """Tiles of rows that are worked on together, so that operands meet in the L2 cache."""
+    num_stores: int = 1
+    """"tma" only: 2 stores the tile in two halves, which leaves more shared memory for stages."""
+    programs_each: int = 1
+    """"tma" only: programs a multiprocessor."""
+
+
+TMA_CANDIDATES = [
+    MatmulConfig("tma", 128, 256, 128, 8, 3, num_stores=2),
+    MatmulConfig("tma", 128, 256, 128, 8, 4, num_stores=2),
+    MatmulConfig("tma", 256, 128, 128, 8, 4, num_stores=2),
+    MatmulConfig("tma", 128, 128, 128, 4, 3, num_stores=2, programs_each=2),
+    MatmulConfig("tma", 128, 256, 128, 8, 3, group_rows=16, num_stores=2),
+    MatmulConfig("tma", 128, 128, 128, 8, 4, num_stores=2),
+    MatmulConfig("tma", 64, 128, 128, 4, 4, num_stores=1, programs_each=2),
+    MatmulConfig("tma", 64, 64, 128, 4, 6, num_stores=1, programs_each=2),
+]
+POINTER_CANDIDATES = [
+    MatmulConfig("pointers", 128, 128, 64, 4, 3),
+    MatmulConfig("pointers", 128, 256, 128, 8, 3),
+    MatmulConfig("pointers", 256, 128, 128, 8, 3),
+    MatmulConfig("pointers", 128, 128, 128, 8, 3),
+    MatmulConfig("pointers", 128, 128, 128, 4, 4),
+    MatmulConfig("pointers", 128, 256, 64, 8, 4),
+    MatmulConfig("pointers", 64, 128, 128, 4, 3),
+    MatmulConfig("pointers", 64, 64, 128, 4, 4),
+]
+
+
+def candidates(tma: bool) -> list[MatmulConfig]:
+    """What to choose among: where the copy engine can be used, a pointer kernel still wins now and then."""
+    return TMA_CANDIDATES + POINTER_CANDIDATES[1:4] if tma else POINTER_CANDIDATES
+
+
+def fits_tma(a_q_MK: torch.Tensor, b_q_NK: torch.Tensor, out_MN: torch.Tensor) -> bool:
+    """True where the copy engine exists (compute capability 9) and every row starts at a multiple of 16 bytes."""
+    num_summed, row_bytes = a_q_MK.shape[1], out_MN.shape[1] * out_MN.element_size()
+    return (
+        device_facts(a_q_MK.device).capability >= (9, 0)
+        and num_summed > 0
+        and (num_summed | row_bytes | a_q_MK.data_ptr() | b_q_NK.data_ptr()) % 16 == 0
+    )
+
+
+def launch(
+    config: MatmulConfig,
+    a_q_MK: torch.Tensor,
+    b_q_NK: torch.Tensor,
+    scale_a_M1: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    out_MN: torch.Tensor,
+) -> None:
+    """Run one of the kernels in the given configuration on contiguous operands."""
+    (num_rows, num_summed), num_columns = a_q_MK.shape, b_q_NK.shape[0]
+    num_tiles = triton.cdiv(num_rows, config.rows) * triton.cdiv(num_columns, config.columns)
+    operands: tuple[object, ...] = (a_q_MK, b_q_NK, out_MN)
+    kernel, num_programs, schedule = _pointer_kernel, num_tiles, {}
+    if config.kernel == "tma":
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        operands = (
+            TensorDescriptor(a_q_MK, a_q_MK.shape, (num_summed, 1), [config.rows, config.summed]),
+            TensorDescriptor(b_q_NK, b_q_NK.shape, (num_summed, 1), [config.columns, config.summed]),
+            TensorDescriptor(
+                out_MN, out_MN.shape, (num_columns, 1), [config.rows, config.columns // config.num_stores]
+            ),
+        )
+        kernel, schedule = _tma_kernel, {"NUM_STORES": config.num_stores}
+        num_multiprocessors = device_facts(a_q_MK.device).num_multiprocessors
+        num_programs = min(num_tiles, config.programs_each * num_multiprocessors)
+    kernel[(num_programs,)](
+        *operands,
+        scale_a_M1,
+        scale_b,
+        bias_N,
+        num_rows,
+        num_columns,
+        num_summed,
+        ROWS=config.rows,
+        COLUMNS=config.columns,
+        SUMMED=config.summed,
+        GROUP_ROWS=config.group_rows,
+        HAS_BIAS=bias_N is not None,
+        SCALE_PER_COLUMN=scale_b.numel() > 1,
+        **schedule,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=False,  # acc * scale + bias rounds twice, like the reference
+    )
+
+
+@triton.jit
+def _tile_start(tile, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """First row and column of a tile. Tiles go down `GROUP` rows of tiles, then one column on."""
+    tiles_down, tiles_across = tl.cdiv(num_rows, ROWS), tl.cdiv(num_columns, COLUMNS)
+    group = tile // (GROUP * tiles_across)
+    height = tl.minimum(tiles_down - group * GROUP, GROUP)
+    within = tile % (GROUP * tiles_across)
+    return (group * GROUP + within % height) * ROWS, (within // height) * COLUMNS
+
+
+@triton.jit
+def _scale(
+    acc, scale_a, scale_b_ptr, bias_ptr, columns, num_columns, HAS_BIAS: tl.constexpr, PER_COLUMN: tl.constexpr
+):
+    """The epilogue, in float32: ``(acc * scale_a) * scale_b + bias`` for a tile of these columns."""
+    mask = columns < num_columns
+    scale_b = tl.load(scale_b_ptr + columns, mask=mask, other=0.0)[None, :] if PER_COLUMN else tl.load(scale_b_ptr)
+    out = (acc.to(tl.float32) * scale_a[:, None]) * scale_b
+    if HAS_BIAS:
+        out += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
+    return out
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _tma_kernel(
+    a_desc,
+    b_desc,
+    out_desc,
+    scale_a_ptr,
+    scale_b_ptr,
+    bias_ptr,
+    num_rows,
+    num_columns,
+    num_summed,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SUMMED: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SCALE_PER_COLUMN: tl.constexpr,
+    NUM_STORES: tl.constexpr,
+):
+    num_tiles = tl.cdiv(num_rows, ROWS) * tl.cdiv(num_columns, COLUMNS)
+    # Flattened with the loop over K, so that a tile's first operands are fetched while the last one is stored.
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
+        row, column = _tile_start(tile, num_rows, num_columns, ROWS, COLUMNS, GROUP_ROWS)
+        acc = tl.zeros((ROWS, COLUMNS), tl.int32)
+        for k in range(0, num_summed, SUMMED):
+            acc = tl.dot(a_desc.load([row, k]), b_desc.load([column, k]).T, acc, out_dtype=tl.int32)
+        rows = row + tl.arange(0, ROWS)
+        scale_a = tl.load(scale_a_ptr + rows, mask=rows < num_rows, other=0.0)
+        WIDTH: tl.constexpr = COLUMNS // NUM_STORES
+        columns = column + tl.arange(0, WIDTH)
+        if NUM_STORES == 1:
+            out = _scale(
+                acc, scale_a, scale_b_ptr, bias_ptr, columns, num_columns, HAS_BIAS, SCALE_PER_COLUMN
+            )
+            out_desc.store([row, column], out.to(out_desc.dtype))
+        else:
+            left, right = tl.split(acc.reshape(ROWS, 2, WIDTH).permute(0, 2, 1))
+            out = _scale(
+                left, scale_a, scale_b_ptr, bias_ptr, columns, num_columns, HAS_BIAS, SCALE_PER_COLUMN
+            )
+            out_desc.store([row, column], out.to(out_desc.dtype))
+            out = _scale(
+                right, scale_a, scale_b_ptr, bias_ptr, columns + WIDTH, num_columns, HAS_BIAS, SCALE_PER_COLUMN
+            )
+            out_desc.store([row, column + WIDTH], out.to(out_desc.dtype))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _pointer_kernel(
+    a_ptr,
+    b_ptr,
+    out_ptr,
+    scale_a_ptr,
+    scale_b_ptr,
+    bias_ptr,
+    num_rows,
+    num_columns,
+    num_summed,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SUMMED: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SCALE_PER_COLUMN: tl.constexpr,
+):
+    row, column = _tile_start(tl.program_id(0), num_rows, num_columns, ROWS, COLUMNS, GROUP_ROWS)
+    rows = row + tl.arange(0, ROWS)
+    columns = column + tl.arange(0, COLUMNS)
+    summed = tl.arange(0, SUMMED)
+    # Rows and columns beyond the last wrap around: what they compute is not stored.
+    a_ptrs = a_ptr + (rows % num_rows).to(tl.int64)[:, None] * num_summed + summed[None, :]
+    b_ptrs = b_ptr + (columns % num_columns).to(tl.int64)[None, :] * num_summed + summed[:, None]
+    acc = tl.zeros((ROWS, COLUMNS), tl.int32)
+    for k in range(0, num_summed, SUMMED):
+        mask = summed < num_summed - k
+        a = tl.load(a_ptrs, mask=mask[None, :], other=0)
+        b = tl.load(b_ptrs, mask=mask[:, None], other=0)
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+        a_ptrs += SUMMED
+        b_ptrs += SUMMED
+    scale_a = tl.load(scale_a_ptr + rows, mask=rows < num_rows, other=0.0)
+    out = _scale(acc, scale_a, scale_b_ptr, bias_ptr, columns, num_columns, HAS_BIAS, SCALE_PER_COLUMN)
+    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
+    mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,168 @@
+"""quantize_tensorwise, _transpose and _both: one scale, and the same bits in either order."""
+
+import pytest
+import torch
+
+from swcompile.kernels import quantize_tensorwise as module
+from swcompile.kernels.quantize_tensorwise import (
+    CANDIDATES,
+    MAX_PARTIALS,
+    QUANTIZE_TENSORWISE,
+    QUANTIZE_TENSORWISE_BOTH,
+    QUANTIZE_TENSORWISE_TRANSPOSE,
+    launch,
+    quantize_tensorwise,
+    quantize_tensorwise_both,
+    quantize_tensorwise_reference,
+    quantize_tensorwise_transpose,
+    quantize_tensorwise_work,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernel runs in Triton's interpreter on the latter
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+OPS = ["quantize_tensorwise", "quantize_tensorwise_transpose", "quantize_tensorwise_both"]
+
+
+def in_original_order(op: str, result: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x_q [N, K], scale) from the result of any of the ops, after checking that the copies agree."""
+    assert all(t.is_contiguous() for t in result)
+    if op == "quantize_tensorwise_both":
+        assert torch.equal(result[0], result[1].t())
+        return result[0], result[2]
+    return (result[0].t() if op.endswith("transpose") else result[0]), result[1]
+
+
+def assert_same_bits(actual: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    assert actual[0].dtype == torch.int8 and torch.equal(actual[0].cpu(), expected[0].cpu())
+    assert actual[1].shape == (1, 1)
+    assert torch.equal(actual[1].cpu().view(torch.int32), expected[1].cpu().view(torch.int32))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("suffix", ["_reference", "_triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_table(op, suffix, dtype):
+    # absmax 127, in the last row, makes the scale 1: half goes to even in every row
+    x = torch.tensor([[0.5, 1.5, 2.5], [-0.5, -1.5, -2.5], [63.5, 62.5, 0.25], [0, 3.5, -127]], dtype=dtype)
+    expected = [[0, 2, 2], [0, -2, -2], [64, 62, 0], [0, 4, -127]]
+    x_q, scale = in_original_order(op, getattr(module, op + suffix)(x.to(DEVICE)))
+    assert x_q.tolist() == expected and scale.tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("op", OPS)
+# each dtype and each size that fits or does not fit a block, in both storage orders; not all combinations
+@pytest.mark.parametrize(("shape", "dtype"), [((1, 1), torch.bfloat16), ((1, 33), torch.float16), ((40, 1), torch.float32),
+                                              ((16, 64), torch.bfloat16), ((83, 132), torch.float32),
+                                              ((130, 70), torch.float16), ((17, 600), torch.bfloat16)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_kernel_equals_reference(op, shape, dtype, transposed):
+    torch.manual_seed(0)
+    x = (torch.randn(shape[::-1]).t() if transposed else torch.randn(shape)).to(DEVICE, dtype)
+    result = getattr(module, op + "_triton")(x)
+    assert_same_bits(in_original_order(op, result), quantize_tensorwise_reference(x))
+    reference = getattr(module, op + "_reference")(x)
+    assert [t.shape for t in result] == [t.shape for t in reference]
+    assert_same_bits(in_original_order(op, reference), quantize_tensorwise_reference(x))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("view", [lambda x: x[::2], lambda x: x[:, ::3], lambda x: x[:, 3:50].t(), lambda x: x[:1].expand(6, -1)])
+def test_any_strides(op, view):
+    x = view(torch.randn(12, 100, dtype=torch.bfloat16, device=DEVICE))
+    result = in_original_order(op, getattr(module, op + "_triton")(x))
+    assert_same_bits(result, quantize_tensorwise_reference(x.clone()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_is_absmax_over_127_and_error_half_a_step(dtype):
+    x = torch.randn(64, 300).to(dtype)
+    x_q, scale = quantize_tensorwise(x)
+    assert torch.equal(scale, x.abs().max().float().reshape(1, 1) / torch.tensor(127.0))
+    error = (x_q * scale - x.float()).abs() / scale
+    assert 0.45 < error.max() <= 0.5 + 127 * 2**-23
+    assert torch.equal(quantize_tensorwise_transpose(x)[0], x_q.t())
+    assert torch.equal(quantize_tensorwise_both(x)[1], x_q.t())
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("suffix", ["_reference", "_triton"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_anything_not_finite_poisons_all(op, suffix, poison):
+    x = torch.randn(70, 90, device=DEVICE)
+    x[69, 89] = poison
+    x_q, scale = in_original_order(op, getattr(module, op + suffix)(x))
+    assert scale.isnan().all() and x_q.eq(0).all()
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("suffix", ["_reference", "_triton"])
+@pytest.mark.parametrize("size", [0.0, 2.0**-149, 1e-36, 1e-20, 1e30, torch.finfo(torch.float32).max])
+def test_zero_tiny_and_huge(op, suffix, size):
+    x = torch.linspace(-1, 1, 48, device=DEVICE).reshape(6, 8) * size
+    x_q, scale = in_original_order(op, getattr(module, op + suffix)(x))
+    assert scale.isfinite().all() and scale.item() > 0
+    assert ((x_q.double() * scale.double() - x.double()).abs() <= 0.501 * scale.double()).all()
+    assert x_q.abs().max() == (127 if size >= 1e-20 else 0)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("shape", [(0, 16), (3, 0)])
+def test_empty(op, shape):
+    x_q, scale = in_original_order(op, getattr(module, op + "_triton")(torch.empty(shape, device=DEVICE)))
+    assert x_q.shape == shape and scale.isfinite().all()
+
+
+@pytest.mark.parametrize("config", CANDIDATES)
+def test_every_configuration_gives_the_same_bits(config):
+    x = torch.randn(150, 145, dtype=torch.bfloat16, device=DEVICE)
+    x_q, scale = quantize_tensorwise_reference(x)
+    same, transposed = torch.full_like(x_q, -1), torch.full_like(x_q.t(), -1).contiguous()
+    out_scale = torch.full_like(scale, -1)
+    launch(config, x, torch.empty(MAX_PARTIALS, dtype=torch.int32, device=DEVICE), same, transposed, out_scale)
+    assert_same_bits((same, out_scale), (x_q, scale))
+    assert torch.equal(transposed, x_q.t())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_user_errors(op):
+    with pytest.raises(ValueError, match="float64.*must be bfloat16"):
+        getattr(module, op)(torch.ones(2, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("op", [QUANTIZE_TENSORWISE, QUANTIZE_TENSORWISE_TRANSPOSE, QUANTIZE_TENSORWISE_BOTH])
+@pytest.mark.parametrize("x", [torch.randn(5, 24), torch.randn(24, 5).t(), torch.randn(1, 3).bfloat16()])
+def test_opcheck(op, x):
+    torch.library.opcheck(op, (x.to(DEVICE),))
+
+
+def test_work():
+    # 3 x 5 bfloat16: read twice, 60 bytes; 15 for each output; 4 for the scale
+    assert quantize_tensorwise_work(3, 5, 2) == (30, 79)
+    assert quantize_tensorwise_work(3, 5, 2, num_outputs=2) == (30, 94)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_transposed_stores_many_times(op, dtype):
+    # Triton has miscompiled transposed 1-byte stores, for some tiles and some inputs (triton#11111)
+    for run in range(200):
+        torch.manual_seed(run)
+        num_rows, num_columns = (int(size) for size in torch.randint(1, 700, (2,)))
+        if run % 2:
+            num_rows, num_columns = num_rows * 16, num_columns * 16
+        x = torch.randn(num_rows, num_columns, device="cuda").to(dtype)
+        result = in_original_order(op, getattr(module, op)(x))
+        assert_same_bits(result, quantize_tensorwise_reference(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+def test_more_than_2_to_31_elements(op):
+    x = torch.randn(64, 4096, dtype=torch.bfloat16, device="cuda").repeat(8200, 1)
+    assert x.numel() > 2**31
+    x_q, scale = in_original_order(op, getattr(module, op)(x))
+    expected_q, expected_scale = quantize_tensorwise_reference(x[:64])
+    assert torch.equal(scale, expected_scale)
+    for start in (0, 64 * 4100, 64 * 8199):
+        assert torch.equal(x_q[start : start + 64], expected_q)

@@ -1,0 +1,181 @@
+"""Choice of configurations, with a fake device and a fake clock."""
+
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch._inductor.runtime import cache_dir_utils
+
+from swcompile.kernels import launch, tuning
+from swcompile.kernels.tuning import Tuner, bucket, num_tunings
+
+GPU = torch.device("cuda", 0)
+KEY = (bucket(1000), 1280, torch.bfloat16, True)
+
+
+class Config(NamedTuple):
+    tile: int
+    kernel: str = "a"
+
+
+CANDIDATES = [Config(64), Config(128), Config(128, "b")]
+TIMES = {Config(64): 3.0, Config(128): 1.0, Config(128, "b"): 2.0}
+
+
+class Clock:
+    """`run` and `measure` of a tuner: says how long a config takes, and counts."""
+
+    def __init__(self, times: dict[Config, float | Exception]) -> None:
+        self.times, self.num_runs = times, 0
+
+    def run(self, config: Config) -> float:
+        self.num_runs += 1
+        time = self.times[config]
+        if isinstance(time, Exception):
+            raise time
+        return time
+
+    @staticmethod
+    def measure(run: partial[float]) -> float:
+        return run()
+
+
+@pytest.fixture(autouse=True)
+def fake_gpu(monkeypatch, tmp_path):
+    facts = launch.DeviceFacts("Fake GPU", (9, 0), 132)
+    monkeypatch.setattr(tuning, "device_facts", lambda device: facts)
+    monkeypatch.setattr(tuning, "_is_capturing", lambda: False)
+    monkeypatch.setattr(cache_dir_utils, "cache_dir", lambda: str(tmp_path))
+
+
+def new_tuner(source: str = __file__) -> Tuner[Config]:
+    """As in a new process: nothing remembered but what is on disk."""
+    return Tuner("test", [source], measure=Clock.measure)
+
+
+def choose(tuner: Tuner[Config], clock: Clock, key=KEY, candidates=CANDIDATES, device=GPU) -> Config:
+    return tuner.choose(key, lambda: candidates, clock.run, device)
+
+
+def cache_files(tmp_path):
+    return list((tmp_path / "swcompile").glob("test-*.json"))
+
+
+def test_bucket():
+    assert [bucket(size) for size in (0, 1, 2, 3, 4, 5, 1000, 1024, 1025)] == [1, 1, 2, 4, 4, 8, 1024, 1024, 2048]
+
+
+def test_times_once_and_remembers():
+    tuner, clock, before = new_tuner(), Clock(TIMES), num_tunings()
+    assert choose(tuner, clock) == Config(128)
+    assert num_tunings() == before + 1
+    num_runs = clock.num_runs
+    assert choose(tuner, clock) == Config(128)
+    assert (clock.num_runs, num_tunings()) == (num_runs, before + 1)
+    assert choose(tuner, clock, key=(2048, *KEY[1:])) == Config(128)
+    assert num_tunings() == before + 2
+
+
+def test_a_chance_of_the_first_round_is_corrected():
+    class Erratic(Clock):
+        def run(self, config: Config) -> float:
+            first = self.num_runs < len(CANDIDATES)
+            return super().run(config) * (0.1 if first and config == Config(64) else 1)
+
+    assert choose(new_tuner(), Erratic(TIMES)) == Config(128)
+
+
+def test_remembered_on_disk(tmp_path):
+    choose(new_tuner(), Clock(TIMES))
+    before, clock = num_tunings(), Clock({})
+    assert choose(new_tuner(), clock) == Config(128)
+    assert (clock.num_runs, num_tunings()) == (0, before)
+    assert len(cache_files(tmp_path)) == 1
+
+
+def test_two_processes_keep_each_others_choices():
+    one, two = new_tuner(), new_tuner()
+    choose(one, Clock(TIMES), key=(1, 0))
+    choose(two, Clock(TIMES), key=(2, 0))
+    before = num_tunings()
+    choose(new_tuner(), Clock(TIMES), key=(1, 0))
+    choose(new_tuner(), Clock(TIMES), key=(2, 0))
+    assert num_tunings() == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1', "\x00\xff"])
+def test_damaged_file(tmp_path, content):
+    choose(new_tuner(), Clock(TIMES))
+    (file,) = cache_files(tmp_path)
+    file.write_text(content)
+    before = num_tunings()
+    assert choose(new_tuner(), Clock(TIMES)) == Config(128)
+    assert choose(new_tuner(), Clock({})) == Config(128)  # repaired by the one before
+    assert num_tunings() == before + 1
+
+
+def test_unwritable_directory(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(cache_dir_utils, "cache_dir", lambda: str(tmp_path / "file"))
+    assert choose(new_tuner(), Clock(TIMES)) == Config(128)
+
+
+def test_a_config_that_is_no_candidate_any_more():
+    choose(new_tuner(), Clock(TIMES))
+    assert choose(new_tuner(), Clock(TIMES), candidates=[Config(64), Config(128, "b")]) == Config(128, "b")
+
+
+def test_other_source_or_gpu_or_triton_tunes_again(monkeypatch, tmp_path):
+    choose(new_tuner(), Clock(TIMES))
+    source = tmp_path / "kernel.py"
+    source.write_text("changed")
+    choose(new_tuner(str(source)), Clock(TIMES))
+    monkeypatch.setattr(tuning, "device_facts", lambda device: launch.DeviceFacts("Other GPU", (9, 0), 132))
+    choose(new_tuner(), Clock(TIMES))
+    monkeypatch.setattr(tuning.triton, "__version__", "99.0")
+    choose(new_tuner(), Clock(TIMES))
+    assert len(cache_files(tmp_path)) == 4
+
+
+def test_never_tunes_during_capture(monkeypatch):
+    tuner, before = new_tuner(), num_tunings()
+    monkeypatch.setattr(tuning, "_is_capturing", lambda: True)
+    assert choose(tuner, Clock({})) == CANDIDATES[0]
+    monkeypatch.setattr(tuning, "_is_capturing", lambda: False)
+    for size, best in ((64, Config(128, "b")), (4096, Config(128))):
+        choose(tuner, Clock(TIMES | {best: 0.5}), key=(size, *KEY[1:]))
+    assert num_tunings() == before + 2
+    monkeypatch.setattr(tuning, "_is_capturing", lambda: True)
+    assert choose(tuner, Clock({}), key=(128, *KEY[1:])) == Config(128, "b")  # nearest: 64
+    assert choose(tuner, Clock({}), key=(2048, *KEY[1:])) == Config(128)  # nearest: 4096
+    assert choose(tuner, Clock({}), key=(128, 999)) == CANDIDATES[0]  # nothing like it
+    assert num_tunings() == before + 2
+    monkeypatch.setattr(tuning, "_is_capturing", lambda: False)
+    assert choose(tuner, Clock(TIMES), key=(128, *KEY[1:])) == Config(128)  # the stopgap was not remembered
+
+
+def test_configs_that_do_not_fit_the_gpu():
+    from triton.runtime.errors import OutOfResources
+
+    unfit = OutOfResources(300_000, 232_448, "shared memory")
+    assert choose(new_tuner(), Clock(TIMES | {Config(128): unfit})) == Config(128, "b")
+    with pytest.raises(RuntimeError, match="no configuration of test fits this GPU"):
+        choose(new_tuner(), Clock(dict.fromkeys(CANDIDATES, unfit)), key=(1,))
+
+
+def test_other_errors_are_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        choose(new_tuner(), Clock(TIMES | {Config(64): ZeroDivisionError()}))
+
+
+def test_interpreter_takes_the_first():
+    before = num_tunings()
+    assert choose(new_tuner(), Clock({}), device=torch.device("cpu")) == CANDIDATES[0]
+    assert num_tunings() == before
+
+
+@pytest.mark.gpu
+def test_measure_tells_long_from_short():
+    short, long = torch.randn(1 << 20, device="cuda"), torch.randn(1 << 26, device="cuda")
+    assert 3 < tuning.measure_ms(lambda: long.mul(2)) / tuning.measure_ms(lambda: short.mul(2))
