@@ -1,14 +1,14 @@
 """The CLIP of `train_clip.py`: Hugging Face's model at several sizes, its loss, and zero-shot classification."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from glyphs import NameTokenizer
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
-
-from glyphs import NameTokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +148,11 @@ class GlyphClip(nn.Module):
             logits = self.clip.logit_scale.exp() * (image_features @ text_features.T)
             targets = torch.arange(len(images), device=images.device)
             return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep the logit scale, a logarithm, in the bounds of the CLIP papers: factors of 1 to 100."""
+        self.clip.logit_scale.clamp_(0, math.log(100))
 
 
 def encode_in_batches(encode: Callable[[Tensor], Tensor], inputs: Tensor, batch_size: int) -> Tensor:

@@ -64,7 +64,7 @@ def quantize_columnwise_transpose_triton(x_NK: torch.Tensor) -> tuple[torch.Tens
             launch(config, x_NK, partial_PK, x_q_KN, scale_K1)
 
         key = (bucket(num_rows), num_columns, x_NK.dtype)
-        run(_TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device))
+        run(TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device))
     return x_q_KN, scale_K1
 
 
@@ -197,7 +197,7 @@ def _quantize_columns_kernel(
         store_int8_tile(x_q, None, x_q_ptr, rows, columns, num_rows, num_columns, mask, False, True)
 
 
-_TUNER: Tuner[ColumnConfig] = Tuner("quantize_columnwise_transpose", [__file__, int8.__file__])
+TUNER: Tuner[ColumnConfig] = Tuner("quantize_columnwise_transpose", [__file__, int8.__file__])
 
 
 def _fake(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -83,7 +83,7 @@ def quantize_rowwise_triton(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         def run(config: RowwiseConfig) -> None:
             launch(config, x_MK, x_q_MK, scale_M1)
 
-        run(_TUNER.choose(key, lambda: candidates(num_columns), run, x_MK.device))
+        run(TUNER.choose(key, lambda: candidates(num_columns), run, x_MK.device))
     return x_q_MK, scale_M1
 
 
@@ -188,7 +188,7 @@ def _quantize_long_rows_kernel(
     tl.store(scale_ptr + row, scale)
 
 
-_TUNER: Tuner[RowwiseConfig] = Tuner("quantize_rowwise", [__file__, int8.__file__])
+TUNER: Tuner[RowwiseConfig] = Tuner("quantize_rowwise", [__file__, int8.__file__])
 
 
 def _fake(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

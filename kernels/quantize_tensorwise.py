@@ -133,7 +133,7 @@ def _quantize(
         launch(config, x_NK, partial, x_q_NK if same else None, x_q_KN if transposed else None, scale_11)
 
     key = (bucket(num_rows), num_columns, x_NK.dtype, same, transposed)
-    run(_TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device))
+    run(TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device))
     return x_q_NK, x_q_KN, scale_11
 
 
@@ -232,7 +232,7 @@ def _quantize_tiles_kernel(
         )
 
 
-_TUNER: Tuner[TileConfig] = Tuner("quantize_tensorwise", [__file__, int8.__file__])
+TUNER: Tuner[TileConfig] = Tuner("quantize_tensorwise", [__file__, int8.__file__])
 
 
 def _fake(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,7 +56,7 @@ def scaled_mm_reference(
     """`scaled_mm` in plain PyTorch, bit for bit."""
     _check_dtypes(a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N, out_dtype)
     _check_shapes(a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N)
-    out_MN = _int32_matmul(a_q_MK, b_q_NK).float().mul_(scale_a_M1).mul_(scale_b.t())
+    out_MN = _accumulate(a_q_MK, b_q_NK).mul_(scale_a_M1).mul_(scale_b.t())
     if bias_N is not None:
         out_MN.add_(bias_N.float())
     return out_MN.to(out_dtype)
@@ -98,31 +98,41 @@ def scaled_mm_triton(
 
     tma = fits_tma(a_q_MK, b_q_NK, out_MN)
     key = (bucket(num_rows), num_columns, num_summed, out_dtype, bias_N is not None, scale_b.numel() > 1, tma)
-    run(_TUNER.choose(key, lambda: candidates(tma), run, a_q_MK.device))
+    run(TUNER.choose(key, lambda: candidates(tma), run, a_q_MK.device))
     return out_MN
 
 
-_TUNER: Tuner[MatmulConfig] = Tuner("scaled_mm", [scaled_mm_kernels.__file__])
+TUNER: Tuner[MatmulConfig] = Tuner("scaled_mm", [scaled_mm_kernels.__file__])
 
 
-def _int32_matmul(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
-    """``a @ b.T`` in int32, exact on every device."""
-    num_rows, num_columns = a_MK.shape[0], b_NK.shape[0]
+def _accumulate(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
+    """``a @ b.T`` of int8, exact, then as float32: rounded once, where a sum exceeds 2^24."""
+    (num_rows, num_summed), num_columns = a_MK.shape, b_NK.shape[0]
     if a_MK.device.type == "cpu":
-        if _cpu_int_mm_is_exact():
-            return torch._int_mm(a_MK, b_NK.t())
-        return (a_MK.double() @ b_NK.double().t()).to(torch.int32)
+        if _cpu_multiplies_int8() or num_summed == 0:
+            return torch._int_mm(a_MK, b_NK.t()).float()
+        parts = zip(a_MK.split(_EXACT_IN_FLOAT32, 1), b_NK.split(_EXACT_IN_FLOAT32, 1), strict=True)
+        products = (a.float() @ b.float().t() for a, b in parts)
+        accumulator = next(products)
+        if num_summed > _EXACT_IN_FLOAT32:
+            accumulator = accumulator.to(torch.int32)
+            for product in products:
+                accumulator += product.to(torch.int32)
+        return accumulator.float()
     # cuBLAS wants more than 16 rows, and sizes that are multiples of 8; zeros add nothing to a sum.
-    pad_M, pad_N, pad_K = max(17 - num_rows, 0), -num_columns % 8, -a_MK.shape[1] % 8
+    pad_M, pad_N, pad_K = max(17 - num_rows, 0), -num_columns % 8, max(-num_summed % 8, 8 - num_summed)
     product = torch._int_mm(F.pad(a_MK, (0, pad_K, 0, pad_M)), F.pad(b_NK, (0, pad_K, 0, pad_N)).t())
-    return product[:num_rows, :num_columns]
+    return product[:num_rows, :num_columns].float()
+
+
+_EXACT_IN_FLOAT32 = 2**24 // 127**2
+"""Any partial sum of so many products is an integer that float32 holds, in whatever order a matmul adds."""
 
 
 @cache
-def _cpu_int_mm_is_exact() -> bool:
-    """False where the CPU's int8 instructions saturate pairs of products to 16 bit, as x86 does without VNNI."""
-    largest = torch.full((32, 64), 127, dtype=torch.int8)
-    return bool((torch._int_mm(largest, -largest.t()) == -64 * 127**2).all())
+def _cpu_multiplies_int8() -> bool:
+    """True if `torch._int_mm` is fast here. Without VNNI it is a plain loop, 30 times slower than float32."""
+    return bool(torch.cpu.get_capabilities().get("avx512_vnni", False))
 
 
 def _check_dtypes(

@@ -109,6 +109,8 @@ class Tuner(Generic[Config]):
         self._sources = sources
         self._measure = measure
         self._chosen: dict[tuple[torch.device, Key], Config] = {}
+        self.latest: Config | None = None
+        """What `choose` returned last, for reports."""
 
     def choose(
         self,
@@ -123,7 +125,10 @@ class Tuner(Generic[Config]):
         candidate, serves that launch and is not remembered. The interpreter takes the first candidate.
         """
         chosen = self._chosen.get((device, key))
-        return chosen if chosen is not None else self._choose_unknown(key, candidates(), run, device)
+        if chosen is None:
+            chosen = self._choose_unknown(key, candidates(), run, device)
+        self.latest = chosen
+        return chosen
 
     def _choose_unknown(
         self, key: Key, candidates: Sequence[Config], run: Callable[[Config], object], device: torch.device

@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swcompile.cost import rates_fingerprint
 from swcompile.graph import hint
-from swcompile.joint import JointPass, copy_graph, parameter_names, trace_joint
+from swcompile.joint import JointPass, copy_graph, is_whole, parameter_names, trace_joint
 from swcompile.kernels.launch import require_supported_gpu
 from swcompile.passes import joint_passes
-from swcompile.pipeline import log
+from swcompile.pipeline import Pass, log
 from swcompile.recipe import OPTIONS, Recipe, closest, make_recipe
 from swcompile.report import Decision, Report
 
@@ -62,7 +62,8 @@ def switchback(
     for device in devices:
         if device.type == "cuda":
             require_supported_gpu(device.index)
-    retrace = _Retrace(gm, example_inputs, recipe, names)
+    passes = joint_passes(recipe, is_whole=is_whole(gm))
+    retrace = _Retrace(gm, example_inputs, passes, names)
     report = Report(recipe.name, find=retrace)
     _reports.append(report)
 
@@ -71,9 +72,9 @@ def switchback(
         log.info("%s", report.summary())
 
     joint_pass = JointPass(
-        joint_passes(recipe),
+        passes,
         names=names,
-        identity=repr((recipe, rates_fingerprint(devices) if recipe.skip_slower and names else None)),
+        identity=repr((recipe, is_whole(gm), rates_fingerprint(devices) if recipe.skip_slower and names else None)),
         strict=recipe.strict,
         on_decisions=on_decisions,
     )
@@ -112,10 +113,10 @@ class _Retrace:
     Keeps the Dynamo graph, which is small, and of its inputs only what they look like.
     """
 
-    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], recipe: Recipe, names: dict[int, str]):
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], passes: list[Pass], names: dict[int, str]):
         self.gm = fx.GraphModule(gm, copy_graph(gm.graph))
         self.inputs = [_describe(value) for value in inputs]
-        self.recipe = recipe
+        self.passes = passes
         self.names = names
         self.grad = torch.is_grad_enabled()
         self.autocast = [
@@ -125,7 +126,7 @@ class _Retrace:
 
     def __call__(self) -> list[Decision]:
         decisions: list[Decision] = []
-        hook = JointPass(joint_passes(self.recipe), names=self.names, on_decisions=decisions.extend)
+        hook = JointPass(self.passes, names=self.names, on_decisions=decisions.extend)
         with contextlib.ExitStack() as state:
             mode = FakeTensorMode()
             inputs = [value(mode) if callable(value) else value for value in self.inputs]

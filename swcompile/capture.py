@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch._functorch._aot_autograd import descriptors
 
 from swcompile import graph as facts
-from swcompile.joint import JointPass, copy_graph, parameter_names, trace_joint
+from swcompile.joint import JointPass, copy_graph, is_whole, parameter_names, raise_violations, trace_joint
 from swcompile.passes import joint_passes
 from swcompile.pipeline import Pass, format_graph, run_passes
 from swcompile.recipe import make_recipe
@@ -44,7 +44,8 @@ def explain(
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         known = parameter_names(gm, example_inputs)
         names.update(known.values())
-        hook = JointPass(joint_passes(recipe), names=known, strict=recipe.strict, on_decisions=report.record)
+        passes = joint_passes(recipe, is_whole=is_whole(gm))
+        hook = JointPass(passes, names=known, on_decisions=report.record)
         return trace_joint(gm, example_inputs, hook)
 
     _call_with(backend, model, inputs, kwargs, fullgraph=False)
@@ -53,6 +54,8 @@ def explain(
         listed = ", ".join(f"{pattern!r} (closest: {name!r})" for pattern, name in unmatched.items())
         raise ValueError(f"patterns that match no parameter: {listed}")
     report.unmatched = unmatched
+    if recipe.strict:
+        raise_violations(report.decisions)
     return report
 
 

@@ -81,13 +81,21 @@ class Matmul:
 
     node: fx.Node
     role: Role
-    lhs: fx.Node
-    rhs: fx.Node
     parameter: str | None = None
     """Qualified name of the weight: the operand in ``output`` and ``grad_input``, the result's owner in
     ``grad_weight``."""
     weight_on_left: bool = False
     """The weight (in ``grad_weight``: the activation) is the left operand."""
+
+    @property
+    def lhs(self) -> fx.Node:
+        """The left operand."""
+        return operands(self.node)[0]
+
+    @property
+    def rhs(self) -> fx.Node:
+        """The right operand."""
+        return operands(self.node)[1]
 
     @property
     def is_int8(self) -> bool:
@@ -103,6 +111,13 @@ class Matmul:
         for size in batch:
             m *= size
         return m, n, k
+
+
+def operands(matmul: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The two factors of a matmul node."""
+    lhs, rhs = matmul.args[1:3] if matmul.target in _BIASED else matmul.args[:2]
+    assert isinstance(lhs, fx.Node) and isinstance(rhs, fx.Node)
+    return lhs, rhs
 
 
 def sizes(node: fx.Node) -> tuple[int, ...]:
@@ -161,7 +176,7 @@ def matmuls(graph: fx.Graph) -> list[Matmul]:
     for node in graph.nodes:
         if node.op != "call_function" or node.target not in MATMULS:
             continue
-        lhs, rhs = node.args[1:3] if node.target in _BIASED else node.args[:2]
+        lhs, rhs = operands(node)
         left, right = parameter_root(lhs, names), parameter_root(rhs, names)
         if node in backward:
             # A parameter can be an activation too (learned queries): it is the weight only where a forward matmul
@@ -184,8 +199,6 @@ def matmuls(graph: fx.Graph) -> list[Matmul]:
             Matmul(
                 node=node,
                 role=role,
-                lhs=lhs,
-                rhs=rhs,
                 parameter=parameter,
                 weight_on_left=(rhs in backward) if role is Role.GRAD_WEIGHT else left is not None and not right,
             )
@@ -234,6 +247,7 @@ def heads(graph: fx.Graph, found: Iterable[Matmul]) -> set[str]:
     A head has no other linear layer after it and does not end in a residual add, so the last layer of a block
     without a head behind it is not one.
     """
+    names = parameters(graph)
     backward = backward_nodes(graph)
     flow = networkx.DiGraph()
     for node in graph.nodes:
@@ -247,20 +261,25 @@ def heads(graph: fx.Graph, found: Iterable[Matmul]) -> set[str]:
     return {
         matmul.parameter
         for node, matmul in outputs.items()
-        if matmul.parameter and node not in leads_on and not _joins_residual(flow, node)
+        if matmul.parameter and node not in leads_on and not _joins_residual(flow, node, names)
     }
 
 
-def _joins_residual(flow: networkx.DiGraph, node: fx.Node) -> bool:
-    """Whether the value is added, somewhere downstream, to something that it was computed from."""
+def _joins_residual(flow: networkx.DiGraph, node: fx.Node, names: Mapping[fx.Node, str]) -> bool:
+    """Whether the value is added, somewhere downstream, to what it was computed from or to what came in beside it."""
     if node not in flow:
         return False
     before = networkx.ancestors(flow, node)
     after = {node} | networkx.descendants(flow, node)
-    return any(
-        user.target == aten.add.Tensor and any(source in before for source in user.all_input_nodes)
-        for user in after
-    )
+    for add in after:
+        if add.target != aten.add.Tensor:
+            continue
+        for source in add.all_input_nodes:
+            *_, root = derivation(source)
+            came_in = root.op == "placeholder" and root not in names and sizes(source) == sizes(add)
+            if source not in after and (source in before or came_in):
+                return True
+    return False
 
 
 def _gradient_owners(graph: fx.Graph, names: Mapping[fx.Node, str]) -> dict[fx.Node, fx.Node]:
@@ -283,15 +302,16 @@ def _gradient_owners(graph: fx.Graph, names: Mapping[fx.Node, str]) -> dict[fx.N
 
 
 def _owner(node: fx.Node, owners: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
-    """The parameter into whose gradient a value flows through views, casts and sums alone."""
+    """The parameter into whose gradient a value flows through views, casts, sums and constant factors alone."""
     pending, seen = [node], {node}
     while pending:
         current = pending.pop()
         if current in owners:
             return owners[current]
         for user in current.users:
-            passes_on = user.target in VIEWS or user.target in CASTS or user.target in _GRADIENT_SUMS
-            if user.op == "call_function" and passes_on and user not in seen:
+            scaled = user.target in (aten.mul.Tensor, aten.mul.Scalar) and len(user.all_input_nodes) == 1
+            passes_on = scaled or user.target in VIEWS | CASTS | _GRADIENT_SUMS
+            if passes_on and user not in seen:
                 seen.add(user)
                 pending.append(user)
     return None

@@ -58,13 +58,8 @@ class JointPass(CustomGraphPass):
         decisions = run_passes(graph, self.passes)
         if self.on_decisions:
             self.on_decisions(decisions)
-        violations = [d for d in decisions if d.violation]
-        if self.strict and violations:
-            lines = "\n".join(f"  {d.parameter} ({d.role.value} {d.shape}): {d.reason}" for d in violations)
-            raise StrictError(
-                f"{len(violations)} matmuls that the recipe asks for are not rewritten:\n{lines}\n"
-                "Exclude them, or compile without strict."
-            )
+        if self.strict:
+            raise_violations(decisions)
 
     def uuid(self) -> str | None:
         """What stands for this pass in Inductor's cache key; None (no caching) if a user's pass has no uuid."""
@@ -74,6 +69,17 @@ class JointPass(CustomGraphPass):
             return None
         key = repr((source_fingerprint(), self.identity, sorted(self.names.items()), before))
         return hashlib.sha256(key.encode()).hexdigest()
+
+
+def raise_violations(decisions: Sequence[Decision]) -> None:
+    """Raise `StrictError` if a matmul that was asked for is not rewritten."""
+    violations = [d for d in decisions if d.violation]
+    if violations:
+        lines = "\n".join(f"  {d.parameter} ({d.role.value} {d.shape}): {d.reason}" for d in violations)
+        raise StrictError(
+            f"{len(violations)} matmuls that the recipe asks for are not rewritten:\n{lines}\n"
+            "Exclude them, or compile without strict."
+        )
 
 
 def parameter_names(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, str]:
@@ -89,6 +95,12 @@ def parameter_names(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, str]
             name = source.name if source is not None else node.name
             names[index] = _qualified(name() if callable(name) else name)
     return names
+
+
+def is_whole(gm: fx.GraphModule) -> bool:
+    """Whether a Dynamo graph ends where its function returns, and not at a graph break."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason is None or not reason.graph_break
 
 
 def _qualified(source: str) -> str:

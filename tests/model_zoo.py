@@ -78,9 +78,10 @@ def gpt2(num_layers: int = 2) -> Case:
         n_embd=WIDTH, n_layer=num_layers, n_head=4, vocab_size=VOCABULARY, n_positions=LENGTH,
         attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    config.loss_type = "ForCausalLM"  # else transformers logs a warning, which breaks the graph
+    model = transformers.GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # else transformers logs a warning, which breaks the graph
     kwargs = {"input_ids": _ids(), "labels": _ids(), "use_cache": False}
-    return Case(transformers.GPT2LMHeadModel(config), kwargs, num_linears=4 * num_layers, num_heads=1)
+    return Case(model, kwargs, num_linears=4 * num_layers, num_heads=1)
 
 
 def bert(num_layers: int = 2) -> Case:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from swcompile.kernels.dequantize import (
     DEQUANTIZE,
     dequantize,

@@ -4,7 +4,6 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
-
 from swcompile.kernels.formats import E4M3, E5M2, FORMATS, INT8, NumberFormat
 
 

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-
 from swcompile.kernels import launch, library
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from swcompile.kernels.quantize_columnwise import (
     CANDIDATES,
     MAX_PARTIALS,

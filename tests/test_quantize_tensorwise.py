@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from swcompile.kernels import quantize_tensorwise as module
 from swcompile.kernels.quantize_tensorwise import (
     CANDIDATES,

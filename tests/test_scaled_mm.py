@@ -2,12 +2,24 @@
 
 import pytest
 import torch
-
 from swcompile.kernels import scaled_mm as module
 from swcompile.kernels.quantize_rowwise import quantize_rowwise
 from swcompile.kernels.quantize_tensorwise import quantize_tensorwise
-from swcompile.kernels.scaled_mm import MAX_K, SCALED_MM, scaled_mm, scaled_mm_reference, scaled_mm_triton, scaled_mm_work
-from swcompile.kernels.scaled_mm_kernels import POINTER_CANDIDATES, TMA_CANDIDATES, candidates, fits_tma, launch
+from swcompile.kernels.scaled_mm import (
+    MAX_K,
+    SCALED_MM,
+    scaled_mm,
+    scaled_mm_reference,
+    scaled_mm_triton,
+    scaled_mm_work,
+)
+from swcompile.kernels.scaled_mm_kernels import (
+    POINTER_CANDIDATES,
+    TMA_CANDIDATES,
+    candidates,
+    fits_tma,
+    launch,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernels run in Triton's interpreter on the latter
 IMPLEMENTATIONS = [scaled_mm_reference, scaled_mm_triton]
@@ -140,12 +152,15 @@ def test_empty(function):
         assert torch.equal(out, bias[:num_columns].expand(num_rows, -1))  # an empty sum is 0
 
 
-def test_cpu_without_an_exact_int8_matmul(monkeypatch):
-    operands = random_operands(9, 11, 300, device="cpu")
-    expected = scaled_mm_reference(*operands, None, torch.float32)
-    monkeypatch.setattr(module, "_cpu_int_mm_is_exact", lambda: False)
-    monkeypatch.setattr(torch, "_int_mm", None)
-    assert torch.equal(scaled_mm_reference(*operands, None, torch.float32), expected)
+@pytest.mark.parametrize("num_summed", [1, 1040, 1041, 5000])
+def test_cpu_with_and_without_int8_instructions(monkeypatch, num_summed):
+    # the largest sums of one sign first: what float32 would have to round, were the parts added in it
+    a_q, b_q, scale_a, scale_b = random_operands(9, 11, num_summed, device="cpu")
+    a_q[0], b_q[0] = 127, 127
+    exact = (a_q.long() @ b_q.long().t()).float() * scale_a * scale_b
+    for has_instructions in (False, True):
+        monkeypatch.setattr(module, "_cpu_multiplies_int8", lambda value=has_instructions: value)
+        assert torch.equal(scaled_mm_reference(a_q, b_q, scale_a, scale_b, None, torch.float32), exact)
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -8,9 +8,14 @@ from swcompile.pipeline import Pass
 from swcompile.recipe import Recipe
 
 
-def joint_passes(recipe: Recipe) -> list[Pass]:
-    """The passes over the joint graph of forward and backward."""
-    passes: list[Pass] = [partial(quantize_matmuls, recipe=recipe)]
+def joint_passes(recipe: Recipe, *, is_whole: bool = True) -> list[Pass]:
+    """The passes over the joint graph of forward and backward.
+
+    Args:
+        recipe: what to rewrite.
+        is_whole: the graph ends where the model does, not at a graph break.
+    """
+    passes: list[Pass] = [partial(quantize_matmuls, recipe=recipe, is_whole=is_whole)]
     if recipe.save_int8_activations:
         passes.append(save_int8_activations)
     return passes

@@ -38,7 +38,9 @@ class Predict(Protocol):
 
 
 
-def quantize_matmuls(graph: fx.Graph, *, recipe: Recipe, predict: Predict = predict_speedup) -> PassResult:
+def quantize_matmuls(
+    graph: fx.Graph, *, recipe: Recipe, is_whole: bool = True, predict: Predict = predict_speedup
+) -> PassResult:
     """Rewrite ``mm(x, w)`` to ``scaled_mm(quantize(x), quantize(w))`` where the recipe asks for it. Changes numerics.
 
     Before::
@@ -59,10 +61,11 @@ def quantize_matmuls(graph: fx.Graph, *, recipe: Recipe, predict: Predict = pred
     Args:
         graph: a joint or inference graph whose parameters are known (`swcompile.graph.parameters`).
         recipe: which matmul in which format.
+        is_whole: the graph ends where the model does; one that ends at a graph break has no last matmul to spare.
         predict: predicts the speed-up where ``recipe.skip_slower``.
     """
     found = facts.matmuls(graph)
-    heads = facts.heads(graph, found)
+    heads = facts.heads(graph, found) if is_whole else set()
     sharing = Counter(_activation_key(matmul) for matmul in found if recipe.format_of(matmul.role))
     rewriter = _Rewriter(graph, backward=facts.backward_nodes(graph), names=facts.parameters(graph))
     result = PassResult()

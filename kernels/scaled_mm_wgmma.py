@@ -1,0 +1,250 @@
+# mypy: allow-untyped-defs
+"""`scaled_mm` for Hopper (compute capability 9.0), written in Gluon: what Triton's `tl.dot` leaves out for int8.
+
+Triton waits for each int8 multiplication to end before it issues the next (it overlaps float32 accumulators only), and
+nothing is multiplied while a finished tile is scaled and stored. Here one program fills each multiprocessor with three
+roles that meet at barriers in shared memory only:
+
+    load       1 warp    fetches the next operands into a ring of stages, across tiles
+    multiply 0 4 warps   upper half of each tile: one multiplication in flight while the next is issued, then the epilogue
+    multiply 1 4 warps   lower half, `LEAD` steps behind: it has the tensor cores to itself while half 0 stores, and the
+                         other way round
+
+Shapes: M rows of A, N rows of B, K the summed dimension. One barrier of each pair a stage: `loaded` is completed by the
+bytes of both operands, `free` by both halves once they have multiplied with them.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Triton 3.9 renamed both.
+_async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_async_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+
+def launch_wgmma(
+    a_q_MK: torch.Tensor,
+    b_q_NK: torch.Tensor,
+    scale_a_M1: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    out_MN: torch.Tensor,
+    *,
+    num_programs: int,
+    rows: int,
+    columns: int,
+    summed: int,
+    num_stages: int,
+    group_rows: int,
+    num_stores: int,
+    lead: int,
+) -> None:
+    """Run the kernel on contiguous operands whose rows start at multiples of 16 bytes."""
+    (num_rows, num_summed), num_columns = a_q_MK.shape, b_q_NK.shape[0]
+    wgmma_kernel[(num_programs,)](
+        _descriptor(a_q_MK, [rows, summed]),
+        _descriptor(b_q_NK, [columns, summed]),
+        _descriptor(out_MN, [rows // 2, columns // num_stores]),
+        scale_a_M1,
+        scale_b,
+        bias_N,
+        num_rows,
+        num_columns,
+        num_summed,
+        ROWS=rows,
+        COLUMNS=columns,
+        SUMMED=summed,
+        STAGES=num_stages,
+        GROUP=group_rows,
+        NUM_STORES=num_stores,
+        LEAD=lead,
+        HAS_BIAS=bias_N is not None,
+        PER_COLUMN=scale_b.numel() > 1,
+        num_warps=4,
+        enable_fp_fusion=False,  # acc * scale + bias rounds twice, like the reference
+    )
+
+
+def _descriptor(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    dtype = {1: gl.int8, 2: gl.bfloat16, 4: gl.float32}[tensor.element_size()]  # only the size matters to a layout
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), block, layout)
+
+
+@gluon.jit
+def _tile_start(tile, num_rows, num_columns, ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
+    """First row and column of a tile. Tiles go down `GROUP` rows of tiles, then one column on."""
+    tiles_down, tiles_across = gl.cdiv(num_rows, ROWS), gl.cdiv(num_columns, COLUMNS)
+    group = tile // (GROUP * tiles_across)
+    height = min(tiles_down - group * GROUP, GROUP)
+    within = tile % (GROUP * tiles_across)
+    return (group * GROUP + within % height) * ROWS, (within // height) * COLUMNS
+
+
+@gluon.jit
+def _load(
+    a_desc,
+    b_desc,
+    a_ring,
+    b_ring,
+    loaded,
+    free,
+    num_rows,
+    num_columns,
+    num_summed,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    SUMMED: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    num_tiles = gl.cdiv(num_rows, ROWS) * gl.cdiv(num_columns, COLUMNS)
+    step = 0
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        row, column = _tile_start(tile, num_rows, num_columns, ROWS, COLUMNS, GROUP)
+        for k in range(0, num_summed, SUMMED):
+            stage = step % STAGES
+            mbarrier.wait(free.index(stage), (step // STAGES + 1) & 1)  # the first time round it is free at once
+            barrier = loaded.index(stage)
+            mbarrier.expect(barrier, (ROWS + COLUMNS) * SUMMED)
+            _async_load(a_desc, [row, k], barrier, a_ring.index(stage))
+            _async_load(b_desc, [column, k], barrier, b_ring.index(stage))
+            step += 1
+
+
+@gluon.jit
+def _multiply(
+    out_desc,
+    scale_a_ptr,
+    scale_b_ptr,
+    bias_ptr,
+    a_ring,
+    b_ring,
+    out_halves,
+    loaded,
+    free,
+    started,
+    num_rows,
+    num_columns,
+    num_summed,
+    HALF: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    SUMMED: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+    NUM_STORES: gl.constexpr,
+    LEAD: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    PER_COLUMN: gl.constexpr,
+):
+    HEIGHT: gl.constexpr = ROWS // 2
+    # Triton knows int8 instructions up to 224 columns, of which the largest power of two is 128.
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, min(COLUMNS, 128), 32]
+    )
+    num_tiles = gl.cdiv(num_rows, ROWS) * gl.cdiv(num_columns, COLUMNS)
+    num_steps = gl.cdiv(num_summed, SUMMED)
+    out_tile = out_halves.index(HALF)
+    if HALF == 1 and LEAD > 0:
+        mbarrier.wait(started, 0)
+    step = 0
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        row, column = _tile_start(tile, num_rows, num_columns, ROWS, COLUMNS, GROUP)
+        row += HALF * HEIGHT
+        rows = row + gl.arange(0, HEIGHT, gl.SliceLayout(1, layout))
+        scale_a = gl.load(scale_a_ptr + rows, mask=rows < num_rows, other=0.0)
+        acc = gl.zeros([HEIGHT, COLUMNS], gl.int32, layout)
+        for k in range(num_steps):
+            stage = step % STAGES
+            mbarrier.wait(loaded.index(stage), (step // STAGES) & 1)
+            a = a_ring.index(stage).slice(HALF * HEIGHT, HEIGHT)
+            acc = warpgroup_mma(a, b_ring.index(stage).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))  # all but this one: the last stage is done with
+            mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
+            if HALF == 0 and LEAD > 0:
+                mbarrier.arrive(started, count=1, pred=step == min(LEAD, num_steps) - 1)
+            step += 1
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
+
+        columns = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+        if PER_COLUMN:
+            scale_b = gl.expand_dims(gl.load(scale_b_ptr + columns, mask=columns < num_columns, other=0.0), 0)
+        else:
+            scale_b = gl.load(scale_b_ptr)
+        out = (acc.to(gl.float32) * gl.expand_dims(scale_a, 1)) * scale_b
+        if HAS_BIAS:
+            bias = gl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0)
+            out += gl.expand_dims(bias.to(gl.float32), 0)
+        out = out.to(out_desc.dtype)
+        if NUM_STORES == 1:
+            _store(out_desc, out_tile, out, row, column)
+        else:
+            left, right = out.reshape((HEIGHT, 2, COLUMNS // 2)).permute((0, 2, 1)).split()
+            _store(out_desc, out_tile, left, row, column)
+            _store(out_desc, out_tile, right, row, column + COLUMNS // 2)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _store(out_desc, out_tile, out, row, column):
+    tma.store_wait(0)  # until the last store has read its tile
+    out_tile.store(out)
+    fence_async_shared()
+    _async_store(out_desc, [row, column], out_tile)
+
+
+@gluon.jit(do_not_specialize=["num_rows"])
+def wgmma_kernel(
+    a_desc,
+    b_desc,
+    out_desc,
+    scale_a_ptr,
+    scale_b_ptr,
+    bias_ptr,
+    num_rows,
+    num_columns,
+    num_summed,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    SUMMED: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+    NUM_STORES: gl.constexpr,
+    LEAD: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    PER_COLUMN: gl.constexpr,
+):
+    gl.static_assert(LEAD < STAGES, "half 0 cannot be further ahead than there are stages")
+    a_ring = gl.allocate_shared_memory(gl.int8, [STAGES, ROWS, SUMMED], a_desc.layout)
+    b_ring = gl.allocate_shared_memory(gl.int8, [STAGES, COLUMNS, SUMMED], b_desc.layout)
+    out_halves = gl.allocate_shared_memory(out_desc.dtype, [2, ROWS // 2, COLUMNS // NUM_STORES], out_desc.layout)
+    loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    started = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(loaded.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=2)
+    mbarrier.init(started, count=1)
+    shared = (a_ring, b_ring, out_halves, loaded, free, started)
+    sizes = (num_rows, num_columns, num_summed)
+    half_0 = (
+        out_desc, scale_a_ptr, scale_b_ptr, bias_ptr, *shared, *sizes,
+        0, ROWS, COLUMNS, SUMMED, STAGES, GROUP, NUM_STORES, LEAD, HAS_BIAS, PER_COLUMN,
+    )  # fmt: skip
+    half_1 = (
+        out_desc, scale_a_ptr, scale_b_ptr, bias_ptr, *shared, *sizes,
+        1, ROWS, COLUMNS, SUMMED, STAGES, GROUP, NUM_STORES, LEAD, HAS_BIAS, PER_COLUMN,
+    )  # fmt: skip
+    loads = (a_desc, b_desc, a_ring, b_ring, loaded, free, *sizes, ROWS, COLUMNS, SUMMED, STAGES, GROUP)
+    gl.warp_specialize([(_multiply, half_0), (_multiply, half_1), (_load, loads)], [4, 1], [232, 40])

@@ -1,0 +1,350 @@
+"""``torch.compile(model, backend="switchback")`` as users use it."""
+
+import copy
+import io
+import logging
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import model_zoo
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import swcompile
+from swcompile import Role
+
+WIDTH, TOKENS = 64, 40
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+EVERY: dict[str, Any] = {"skip_slower": False}
+
+
+class Block(nn.Module):
+    """A residual MLP block, with dropout."""
+
+    def __init__(self, width: int = WIDTH, dropout: float = 0.0):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.dropout(self.down(nn.functional.gelu(self.up(self.norm(x)))))
+
+
+class Model(nn.Module):
+    """Blocks and a head, with checkpointing on demand."""
+
+    def __init__(self, *, checkpointed: bool = False, dropout: float = 0.0):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dropout=dropout) for _ in range(2))
+        self.head = nn.Linear(WIDTH, 10)
+        self.checkpointed = checkpointed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+        return self.head(x)
+
+
+def make(device: str = "cpu", seed: int = 0, **options: Any) -> tuple[Model, torch.Tensor]:
+    torch.manual_seed(seed)
+    return Model(**options).to(device), torch.randn(TOKENS, WIDTH, device=device)
+
+
+def run(call: Callable[[torch.Tensor], torch.Tensor], model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Output, and the gradients of input and parameters."""
+    model.zero_grad()
+    x = x.detach().requires_grad_()
+    out = call(x)
+    out.square().mean().backward()
+    assert x.grad is not None
+    return [out.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def assert_close_and_different(actual: list[torch.Tensor], expected: list[torch.Tensor], rtol: float = 0.1) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        assert 0 < (a - e).norm() <= rtol * e.norm()
+
+
+def assert_equal(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", [{"exclude": ["*"]}, {"include": []}], ids=["exclude all", "include none"])
+def test_with_everything_excluded_it_is_inductor_to_the_bit(device: str, options: dict[str, Any]) -> None:
+    model, x = make(device)
+    plain = run(torch.compile(model, fullgraph=True), model, x)
+    excluded = run(torch.compile(model, backend="switchback", options=options, fullgraph=True), model, x)
+    assert_equal(excluded, plain)
+    assert swcompile.reports()[-1].num_rewritten() == 0
+
+
+@pytest.mark.parametrize("name", ["vit", "einsum"])  # not one with an embedding: its backward adds in any order
+def test_real_models_with_everything_excluded_are_inductor_to_the_bit(name: str) -> None:
+    torch.manual_seed(0)
+    case = model_zoo.CASES[name](1)
+    gradients = []
+    for options in ({}, {"backend": "switchback", "options": {"exclude": "*"}}):
+        case.model.zero_grad()
+        loss = case.loss(torch.compile(case.model, fullgraph=True, **options))
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad for p in case.model.parameters())])
+    assert_equal(gradients[1], gradients[0])
+
+
+def test_a_program_that_never_imports_swcompile() -> None:
+    program = """
+import sys, torch
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+x = torch.randn(8, 64)
+assert "swcompile" not in sys.modules
+out = torch.compile(model, backend="switchback", options={"skip_slower": False})(x)
+print((out - model(x)).norm().item() / model(x).norm().item())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 0 < float(done.stdout) < 0.05
+
+
+def test_report_and_log(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = make()
+    with caplog.at_level(logging.INFO, "swcompile"):
+        run(torch.compile(model, backend="switchback", options=EVERY), model, x)
+    report = swcompile.reports()[-1]
+    assert report.summary() == "switchback: int8 in 4 of 5 output, 4 of 5 grad_input, 0 of 5 grad_weight"
+    assert report.summary() in caplog.text
+    assert "blocks.{0-1}.up.weight" in str(report) and "include='head.weight' asks for it" in str(report)
+    rows = report.as_dict()["matmuls"]
+    assert [row["shape"] for row in rows if row["parameter"] == "head.weight"] == [
+        (TOKENS, 10, WIDTH), (TOKENS, WIDTH, 10), (10, WIDTH, TOKENS),
+    ]  # fmt: skip
+
+
+def test_explain_says_what_compile_does_and_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), nn.BatchNorm1d(WIDTH), nn.Dropout(0.5), nn.Linear(WIDTH, WIDTH), Block())
+    x = torch.randn(TOKENS, WIDTH)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    report = swcompile.explain(model, x, **EVERY)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(p.grad is None for p in model.parameters())
+    torch.compile(model, backend="switchback", options=EVERY)(x).sum().backward()
+    assert report.as_dict() == swcompile.reports()[-1].as_dict()
+
+
+def test_include_and_exclude() -> None:
+    model, x = make()
+
+    def rewritten(**options: Any) -> set[str | None]:
+        report = swcompile.explain(model, x, **EVERY, **options)
+        return {d.parameter for d in report.decisions if d.rewritten}
+
+    blocks = {f"blocks.{i}.{name}.weight" for i in range(2) for name in ("up", "down")}
+    assert rewritten() == blocks
+    assert rewritten(include="*") == blocks | {"head.weight"}
+    assert rewritten(include=["head.*", "blocks.0.*"]) == {n for n in blocks if ".0." in n} | {"head.weight"}
+    assert rewritten(exclude="*.up.weight") == {n for n in blocks if ".down." in n}
+    assert rewritten(include="*", exclude=["blocks.*"]) == {"head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recpie": "switchback"}, "unknown option 'recpie'; did you mean 'recipe'"),
+        ({"recipe": "switchbak"}, "unknown recipe 'switchbak'; did you mean 'switchback'"),
+        ({"skip_slower": "yes"}, "option 'skip_slower' is 'yes'; it takes True or False"),
+        ({"include": [1]}, "it takes a glob or a list of globs"),
+        ({"mode": "max-autotun"}, "unknown mode 'max-autotun'; did you mean 'max-autotune'"),
+        ({"include": ["bloks.*"], "strict": True}, "pattern 'bloks.*' matches no parameter.*closest is 'blocks"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    model, x = make()
+    with pytest.raises(Exception, match=message):
+        torch.compile(model, backend="switchback", options=options)(x)
+
+
+def test_a_pattern_that_matches_nothing_is_a_warning() -> None:
+    model, x = make()
+    with pytest.warns(UserWarning, match="pattern 'haed.weight' matches no parameter.*closest is 'head.weight'"):
+        torch.compile(model, backend="switchback", options={"exclude": "haed.weight"})(x)
+    report = swcompile.explain(model, x, exclude="haed.weight", **EVERY)
+    assert report.unmatched == {"haed.weight": "head.weight"} and "haed.weight" in str(report)
+    with pytest.raises(ValueError, match="haed.weight"):
+        swcompile.explain(model, x, exclude="haed.weight", strict=True)
+
+
+def test_float64_is_left_alone_and_strict_says_so() -> None:
+    model, x = make()
+    model, x = model.double(), x.double()
+    compiled = torch.compile(model, backend="switchback", options=EVERY)
+    for actual, expected in zip(run(compiled, model, x), run(model, model, x), strict=True):
+        torch.testing.assert_close(actual, expected)
+    reasons = {d.reason for d in swcompile.reports()[-1].decisions if d.role is Role.OUTPUT}
+    assert "torch.float64 has no int8 form; bfloat16, float16 and float32 have" in reasons
+    with pytest.raises(swcompile.StrictError, match=r"blocks.0.up.weight \(output .*float64"):
+        swcompile.explain(model, x, strict=True, **EVERY)
+
+
+def test_a_model_without_a_matmul() -> None:
+    model = nn.Sequential(nn.LayerNorm(8), nn.GELU())
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(torch.compile(model, backend="switchback")(x), model(x))
+    assert str(swcompile.reports()[-1]) == "switchback: no matmul in this graph"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_inference_is_int8_and_train_and_eval_switch(device: str) -> None:
+    model, x = make(device, dropout=0.5)
+    compiled = torch.compile(model, backend="switchback", options=EVERY, fullgraph=True)
+    model.eval()
+    with torch.no_grad():
+        out = compiled(x)
+    assert_close_and_different([out], [model(x)])
+    report = swcompile.reports()[-1]
+    assert report.num_rewritten() == 4 and {d.role for d in report.decisions} == {Role.OUTPUT}
+    in_eval = run(compiled, model, x)
+    assert_close_and_different(in_eval, run(model, model, x))
+    torch.testing.assert_close(in_eval[0], out)
+    model.train()
+    in_train = run(compiled, model, x)
+    assert not torch.allclose(in_train[0], in_eval[0], rtol=0.1)
+    model.eval()
+    assert_equal(run(compiled, model, x), in_eval)
+
+
+@pytest.mark.parametrize("recipe", swcompile.RECIPES)
+def test_activation_checkpointing_gives_the_same_bits(recipe: str) -> None:
+    options = {"recipe": recipe, **EVERY}
+    results = []
+    for checkpointed in (False, True):
+        model, x = make(checkpointed=checkpointed)
+        results.append(run(torch.compile(model, backend="switchback", options=options, fullgraph=True), model, x))
+        assert swcompile.reports()[-1].num_rewritten(Role.OUTPUT) == 4
+    for actual, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_graph_breaks_keep_every_block_in_int8() -> None:
+    class Broken(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self.up(self.norm(x))
+            torch._dynamo.graph_break()
+            return x + self.down(nn.functional.gelu(hidden))
+
+    torch.manual_seed(0)
+    model, x = Broken(), torch.randn(TOKENS, WIDTH)
+    before = len(swcompile.reports())
+    actual = run(torch.compile(model, backend="switchback", options=EVERY), model, x)
+    reports = swcompile.reports()[before:]
+    # `up` ends a graph, but not the model: it is no head.
+    assert [[d.parameter for d in r.decisions if d.role is Role.OUTPUT and d.rewritten] for r in reports] == [
+        ["up.weight"],
+        ["down.weight"],
+    ]
+    assert_close_and_different(actual, run(model, model, x))
+
+
+def test_a_block_compiled_alone_has_no_head() -> None:
+    report = swcompile.explain(Block(), torch.randn(TOKENS, WIDTH), **EVERY)
+    assert report.num_rewritten(Role.OUTPUT) == 2
+
+
+@pytest.mark.parametrize("dynamic", [None, True, "mark"])
+def test_seven_batch_sizes_compile_at_most_twice(dynamic: Any) -> None:
+    model, _ = make()
+    before = len(swcompile.reports())
+    compiled = torch.compile(
+        model, backend="switchback", options=EVERY, fullgraph=True, dynamic=True if dynamic is True else None
+    )
+    for size in (8, 24, 40, 56, 72, 88, 104):
+        x = torch.randn(size, WIDTH)
+        if dynamic == "mark":
+            torch._dynamo.mark_dynamic(x, 0)
+        out = compiled(x)
+        out.sum().backward()
+        assert_close_and_different([out], [model(x)])
+    assert len(swcompile.reports()) - before <= 2
+    assert swcompile.reports()[-1].num_rewritten(Role.OUTPUT) == 4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", ["max-autotune-no-cudagraphs", "reduce-overhead"])
+def test_modes(mode: str, device: str) -> None:
+    model, x = make(device)
+    plain = run(torch.compile(model, backend="switchback", options=EVERY), model, x)
+    for how in ({"options": {"mode": mode, **EVERY}}, {"mode": mode}):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="switchback", **how)
+        for _ in range(3):
+            torch.compiler.cudagraph_mark_step_begin()
+            result = [value.clone() for value in run(compiled, model, x)]
+        if "options" in how:
+            for actual, expected in zip(result, plain, strict=True):
+                torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_inductor_options_pass_through() -> None:
+    model, x = make()
+    seen = {}
+
+    def spy(graph: torch.fx.Graph) -> None:
+        seen["epilogue_fusion"] = torch._inductor.config.epilogue_fusion
+
+    inductor = {"epilogue_fusion": False, "post_grad_custom_post_pass": spy}
+    torch.compile(model, backend="switchback", options={"inductor": inductor, **EVERY})(x)
+    assert seen == {"epilogue_fusion": False}
+
+
+def test_deepcopy_saving_and_loading() -> None:
+    model, x = make()
+    compiled = torch.compile(model, backend="switchback", options=EVERY)
+    expected = run(compiled, model, x)
+    assert list(model.state_dict()) == list(Model().state_dict())
+    twin = copy.deepcopy(compiled)
+    assert_equal(run(twin, twin, x), expected)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other, _ = make(seed=1)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert_equal(run(torch.compile(other, backend="switchback", options=EVERY), other, x), expected)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.blocks[0].down.weight.mul_(2)  # no stale int8 copy: the graph quantises the weight that is there
+    assert not torch.equal(run(compiled, model, x)[1], expected[1])
+
+
+def test_cost_rule_leaves_a_small_mlp_alone() -> None:
+    model, x = make()
+    report = swcompile.explain(model, x)
+    outputs = [d for d in report.decisions if d.role is Role.OUTPUT and d.speedup is not None]
+    assert outputs and all(d.rewritten == (d.speedup >= 1) for d in outputs)
+    tiny = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    with pytest.raises(swcompile.StrictError, match="int8 would be slower"):
+        swcompile.explain(tiny, torch.randn(2, 4), include="*", strict=True)
+
+
+def test_no_warnings_of_ours() -> None:
+    model, x = make()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.compile(model, backend="switchback", options=EVERY)(x)
+    assert not [w for w in seen if "swcompile" in str(w.filename)]
+
+
+def test_frames_without_parameters_compile() -> None:
+    counter = CompileCounterWithBackend("switchback")
+    torch.testing.assert_close(torch.compile(lambda x: x.sin() @ x, backend=counter)(torch.eye(4)), torch.eye(4).sin())
+    assert counter.frame_count == 1
