@@ -45,13 +45,19 @@ EXTRA_CONFIGS: dict[str, list[Any]] = {
     "quantize_rowwise": [RowwiseConfig(1, 4, 3), RowwiseConfig(1, 8, 2), RowwiseConfig(2, 8, 3), RowwiseConfig(1, 2)],
     "quantize_tensorwise": [TileConfig(64, 256, 8), TileConfig(256, 64, 8), TileConfig(32, 128, 4), TileConfig(128, 256, 8)],
     "scaled_mm": [
+        MatmulConfig("wgmma", 128, 256, 64, 4, 8, num_stores=2, lead=2),
+        MatmulConfig("wgmma", 128, 256, 64, 4, 8, num_stores=2, lead=0),
+        MatmulConfig("wgmma", 128, 256, 64, 4, 8, group_rows=16, num_stores=2, lead=4),
+        MatmulConfig("wgmma", 128, 256, 64, 4, 6, num_stores=1, lead=2),
+        MatmulConfig("wgmma", 128, 256, 128, 4, 4, num_stores=2, lead=1),
+        MatmulConfig("wgmma", 128, 256, 128, 4, 3, num_stores=1, lead=1),
+        MatmulConfig("wgmma", 256, 128, 128, 4, 4, num_stores=2, lead=1),
+        MatmulConfig("wgmma", 256, 128, 64, 4, 8, num_stores=2, lead=4),
         MatmulConfig("tma", 128, 256, 128, 8, 4, group_rows=16, num_stores=2),
         MatmulConfig("tma", 256, 128, 128, 8, 3, num_stores=2),
-        MatmulConfig("tma", 256, 128, 128, 8, 4, group_rows=4, num_stores=2),
-        MatmulConfig("tma", 128, 128, 128, 4, 3, num_stores=1, programs_each=2),
+        MatmulConfig("tma", 128, 128, 128, 4, 3, programs_each=2),
         MatmulConfig("tma", 128, 256, 64, 8, 6, num_stores=2),
         MatmulConfig("tma", 64, 256, 128, 4, 2, num_stores=2, programs_each=2),
-        MatmulConfig("tma", 128, 64, 128, 4, 4, num_stores=1, programs_each=2),
         MatmulConfig("pointers", 128, 256, 128, 8, 4),
         MatmulConfig("pointers", 256, 128, 128, 8, 4),
         MatmulConfig("pointers", 128, 128, 128, 4, 3),
@@ -126,9 +132,9 @@ def normal(*shape: int) -> tuple[torch.Tensor]:
     return (torch.randn(shape, device="cuda", dtype=torch.bfloat16),)
 
 
-def quantizer_cases() -> Iterable[Case]:
-    """Every quantiser on the shapes of real layers, and the way back."""
-    for width in (1280, 4096, 5120, 16384):
+def quantizer_cases(only: str) -> Iterable[Case]:
+    """Every quantiser whose name contains `only` on the shapes of real layers, and the way back."""
+    for width in (1280, 4096, 5120, 16384) if only in "quantize_rowwise" else []:
         yield Case(
             op="quantize_rowwise",
             shape=f"{TOKENS} x {width}",
@@ -140,7 +146,7 @@ def quantizer_cases() -> Iterable[Case]:
             candidates=quantize_rowwise.candidates(width),
             launch=_launch_rowwise,
         )
-    for shape in WEIGHTS:
+    for shape in WEIGHTS if only in "quantize_tensorwise_transpose_both" else []:
         operands = rotated(partial(normal, *shape))
         for suffix in ("", "_transpose", "_both"):
             yield Case(
@@ -154,7 +160,7 @@ def quantizer_cases() -> Iterable[Case]:
                 candidates=quantize_tensorwise.CANDIDATES,
                 launch=partial(_launch_tensorwise, same=suffix != "_transpose", transposed=suffix != ""),
             )
-    for shape in [*WEIGHTS, (TOKENS, 1280), (TOKENS, 5120)]:
+    for shape in [*WEIGHTS, (TOKENS, 1280), (TOKENS, 5120)] if only in "quantize_columnwise_transpose" else []:
         yield Case(
             op="quantize_columnwise_transpose",
             shape="{} x {}".format(*shape),
@@ -166,7 +172,7 @@ def quantizer_cases() -> Iterable[Case]:
             candidates=quantize_columnwise.CANDIDATES,
             launch=_launch_columnwise,
         )
-    for width in (1280, 5120):
+    for width in (1280, 5120) if only in "dequantize" else []:
         yield Case(
             op="dequantize",
             shape=f"{TOKENS} x {width}",
@@ -199,9 +205,9 @@ def _quantized(num_rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     return quantize_rowwise.quantize_rowwise(*normal(num_rows, width))
 
 
-def matmul_cases(num_rows: int) -> Iterable[Case]:
+def matmul_cases(num_rows: int, only: str) -> Iterable[Case]:
     """The forward matmul of linear layers, on quantised normal data."""
-    for num_summed, num_columns in LAYERS:
+    for num_summed, num_columns in LAYERS if only in "scaled_mm" else []:
 
         def operands(num_summed: int = num_summed, num_columns: int = num_columns) -> tuple[Any, ...]:
             a_q, scale_a = _quantized(num_rows, num_summed)
@@ -218,7 +224,7 @@ def matmul_cases(num_rows: int) -> Iterable[Case]:
             operands=sets,
             run=scaled_mm.SCALED_MM,
             tuner=scaled_mm.TUNER,
-            candidates=scaled_mm.candidates(scaled_mm.fits_tma(*sets[0][:2], out)),
+            candidates=scaled_mm.candidates(out.device, scaled_mm.fits_copy_engine(*sets[0][:2], out)),
             launch=lambda config, *arguments, out=out: scaled_mm.launch(config, *arguments[:-1], out),
         )
 
@@ -245,18 +251,29 @@ def measure(case: Case, copy: float) -> dict[str, Any]:
     return row | {"bf16 TFLOP/s": case.rate(bf16_ms), "speed-up": bf16_ms / ms}
 
 
-def measure_configs(case: Case, extra: Sequence[Any]) -> list[dict[str, Any]]:
-    """The case in each configuration, fastest first; one that does not compile or launch says why."""
-    rows: list[dict[str, Any]] = []
+def measure_configs(case: Case, extra: Sequence[Any], copy: float) -> dict[Any, str]:
+    """The case's rate in each configuration; of one that does not compile or launch, the error's name."""
     assert case.launch is not None
+    rates: dict[Any, str] = {}
     for config in dict.fromkeys([*case.candidates, *extra]):
-        row = {"op": case.op, "shape": case.shape, "config": describe(config), "listed": config in case.candidates}
         try:
             ms = median_ms([partial(case.launch, config, *arguments) for arguments in case.operands], num_samples=15)
-            rows.append(row | {"ms": ms, case.unit: case.rate(ms)})
+            rates[config] = format(case.rate(ms), ".0f") if case.unit == GEMM else format(case.rate(ms) / copy, ".2f")
         except (TritonError, RuntimeError) as error:
-            rows.append(row | {"ms": float("inf"), "error": f"{type(error).__name__}: {error}"[:80].replace("\n", " ")})
-    return sorted(rows, key=lambda row: row["ms"])
+            rates[config] = type(error).__name__
+    return rates
+
+
+def config_tables(measured: Sequence[tuple[Case, dict[Any, str]]]) -> Iterable[str]:
+    """A table an op: a row a configuration a column a shape."""
+    for op in dict.fromkeys(case.op for case, _ in measured):
+        cases = [(case, rates) for case, rates in measured if case.op == op]
+        rows = [
+            {"config": describe(config)} | {case.shape: rates[config] for case, rates in cases if config in rates}
+            for config in dict.fromkeys(config for _, rates in cases for config in rates)
+        ]
+        unit = "TOP/s" if cases[0][0].unit == GEMM else "of copy"
+        yield f"{op}, {unit}:\n\n" + markdown_table(rows, {"config": ""} | {case.shape: "" for case, _ in cases})
 
 
 def host_rows() -> list[dict[str, Any]]:
@@ -279,12 +296,12 @@ def matmul_config(text: str) -> MatmulConfig:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="ops whose name contains this")
+    parser.add_argument("--only", default="", help="ops whose name contains this")
     parser.add_argument("--rows", type=int, nargs="+", default=[TOKENS], help="rows of the matmuls (default 32768)")
     parser.add_argument("--all-configs", action="store_true", help="time each configuration as well")
     parser.add_argument("--extra-configs", action="store_true", help="with --all-configs: also those that are not listed")
     parser.add_argument("--config", type=matmul_config, action="append", default=[], metavar="KERNEL,ROWS,COLUMNS,...",
-                        help="with --all-configs: one more for scaled_mm, as in MatmulConfig; repeatable")  # fmt: skip
+                        help="with --all-configs: one more for scaled_mm, as in MatmulConfig; repeatable")
     parser.add_argument("--output", help="write the same markdown to this file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -292,17 +309,16 @@ def main() -> None:
     parts = [header("Kernels")]
     print(parts[0], flush=True)
     copy = copy_gb_s()
-    rows, config_rows = [], []
+    rows, measured = [], []
     makers = [quantizer_cases, *(partial(matmul_cases, num_rows) for num_rows in arguments.rows)]
-    for case in (case for make in makers for case in make()):
-        if arguments.only and arguments.only not in case.op:
-            continue
+    for case in (case for make in makers for case in make(arguments.only)):
         rows.append(measure(case, copy))
         print(rows[-1], flush=True)
         if arguments.all_configs and case.launch is not None:
             extra = EXTRA_CONFIGS.get(case.op, []) if arguments.extra_configs else []
             extra = extra + (arguments.config if case.op == "scaled_mm" else [])
-            config_rows += measure_configs(case, extra)
+            measured.append((case, measure_configs(case, extra, copy)))
+            print(measured[-1][1], flush=True)
     memory = {"op": "", "shape": "", "ms": ".3f", MEMORY: ".0f", "of copy": ".2f", "config": ""}
     gemm = {"op": "", "shape": "", "ms": ".3f", GEMM: ".0f", "bf16 TFLOP/s": ".0f", "speed-up": ".2f", "config": ""}
     parts.append(f"Copy bandwidth {copy:.0f} GB/s, read and written.")
@@ -310,10 +326,7 @@ def main() -> None:
         if chosen := [row for row in rows if unit in row]:
             parts.append(markdown_table(chosen, columns))
     parts.append(markdown_table(host_rows(), {"op": "", "host us a call": ".0f"}))
-    for unit in (MEMORY, GEMM):
-        if chosen := [row for row in config_rows if unit in row or "error" in row and unit == GEMM]:
-            columns = {"op": "", "shape": "", "config": "", "listed": "", "ms": ".3f", unit: ".0f", "error": ""}
-            parts.append(markdown_table(chosen, columns))
+    parts += config_tables(measured)
     print("\n\n".join(parts[1:]))
     write(parts, arguments.output)
 

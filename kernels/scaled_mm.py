@@ -1,12 +1,13 @@
 """int8 matmul with a scaled epilogue. Shapes: M rows of A (tokens), N rows of B (out features), K the summed dimension."""
 
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from swcompile.kernels import scaled_mm_kernels
 from swcompile.kernels.library import Work, define_op
-from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_tma, launch
+from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_copy_engine, launch
 from swcompile.kernels.tuning import Tuner, bucket
 
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -96,13 +97,17 @@ def scaled_mm_triton(
     def run(config: MatmulConfig) -> None:
         launch(config, a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N, out_MN)
 
-    tma = fits_tma(a_q_MK, b_q_NK, out_MN)
-    key = (bucket(num_rows), num_columns, num_summed, out_dtype, bias_N is not None, scale_b.numel() > 1, tma)
-    run(TUNER.choose(key, lambda: candidates(tma), run, a_q_MK.device))
+    copies_fit = fits_copy_engine(a_q_MK, b_q_NK, out_MN)
+    flags = (bias_N is not None, scale_b.numel() > 1, copies_fit)
+    key = (bucket(num_rows), num_columns, num_summed, out_dtype, *flags)
+    device = a_q_MK.device
+    run(TUNER.choose(key, lambda: candidates(device, copies_fit), run, device))
     return out_MN
 
 
-TUNER: Tuner[MatmulConfig] = Tuner("scaled_mm", [scaled_mm_kernels.__file__])
+TUNER: Tuner[MatmulConfig] = Tuner(
+    "scaled_mm", [scaled_mm_kernels.__file__, str(Path(__file__).with_name("scaled_mm_wgmma.py"))]
+)
 
 
 def _accumulate(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:

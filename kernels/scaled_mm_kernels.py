@@ -1,20 +1,21 @@
 # mypy: allow-untyped-defs
-"""The two Triton kernels of `scaled_mm`. Shapes: M rows of A, N rows of B, K the summed dimension.
+"""Two Triton kernels of `scaled_mm`, and which configurations there are. Shapes: M rows of A, N rows of B, K the summed dimension.
 
 Configurations are many and host code little here; what the op means, checks and promises stands in `scaled_mm.py`.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
-from swcompile.kernels.launch import device_facts, tl, triton
+from swcompile.kernels.launch import INTERPRETED, device_facts, tl, triton
 
 
 class MatmulConfig(NamedTuple):
     """Tile and schedule of one of the two kernels."""
 
     kernel: str
-    """"tma": persistent, operands and result moved by the copy engine (Hopper and later); "pointers": any GPU."""
+    """ "wgmma": Hopper only; "tma": operands and result moved by the copy engine, Hopper and later; "pointers": any."""
     rows: int
     columns: int
     summed: int
@@ -25,11 +26,23 @@ class MatmulConfig(NamedTuple):
     group_rows: int = 8
     """Tiles of rows that are worked on together, so that operands meet in the L2 cache."""
     num_stores: int = 1
-    """"tma" only: 2 stores the tile in two halves, which leaves more shared memory for stages."""
+    """Not of "pointers": 2 stores the tile in two halves, which leaves more shared memory for stages."""
     programs_each: int = 1
-    """"tma" only: programs a multiprocessor."""
+    """Not of "pointers": programs a multiprocessor, which loop over the tiles."""
+    lead: int = 0
+    """ "wgmma" only: steps by which one half of the tile goes ahead of the other."""
 
 
+WGMMA_CANDIDATES = [
+    MatmulConfig("wgmma", 128, 256, 64, 4, 8, num_stores=2, lead=4),
+    MatmulConfig("wgmma", 128, 256, 64, 4, 6, num_stores=1, lead=3),
+    MatmulConfig("wgmma", 128, 256, 128, 4, 4, num_stores=2, lead=2),
+    MatmulConfig("wgmma", 128, 256, 128, 4, 4, num_stores=2, lead=0),
+    MatmulConfig("wgmma", 256, 128, 128, 4, 4, num_stores=2, lead=2),
+    MatmulConfig("wgmma", 256, 128, 64, 4, 6, num_stores=1, lead=3),
+    MatmulConfig("wgmma", 128, 128, 128, 4, 5, num_stores=1, lead=2),
+    MatmulConfig("wgmma", 128, 64, 128, 4, 6, num_stores=1, lead=2),
+]
 TMA_CANDIDATES = [
     MatmulConfig("tma", 128, 256, 128, 8, 3, num_stores=2),
     MatmulConfig("tma", 128, 256, 128, 8, 4, num_stores=2),
@@ -52,12 +65,26 @@ POINTER_CANDIDATES = [
 ]
 
 
-def candidates(tma: bool) -> list[MatmulConfig]:
-    """What to choose among: where the copy engine can be used, a pointer kernel still wins now and then."""
-    return TMA_CANDIDATES + POINTER_CANDIDATES[1:4] if tma else POINTER_CANDIDATES
+@cache
+def candidates(device: torch.device, copies_fit: bool) -> list[MatmulConfig]:
+    """What to choose among on a device; `copies_fit` is the answer of `fits_copy_engine` for the operands."""
+    if not copies_fit:
+        return POINTER_CANDIDATES
+    return TMA_CANDIDATES + (WGMMA_CANDIDATES if has_wgmma(device) else []) + POINTER_CANDIDATES[1:4]
 
 
-def fits_tma(a_q_MK: torch.Tensor, b_q_NK: torch.Tensor, out_MN: torch.Tensor) -> bool:
+def has_wgmma(device: torch.device) -> bool:
+    """True for Hopper, with a Triton whose Gluon has what the kernel needs."""
+    if INTERPRETED or device_facts(device).capability != (9, 0):
+        return False
+    try:
+        import swcompile.kernels.scaled_mm_wgmma  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def fits_copy_engine(a_q_MK: torch.Tensor, b_q_NK: torch.Tensor, out_MN: torch.Tensor) -> bool:
     """True where the copy engine exists (compute capability 9) and every row starts at a multiple of 16 bytes."""
     num_summed, row_bytes = a_q_MK.shape[1], out_MN.shape[1] * out_MN.element_size()
     return (
@@ -78,22 +105,30 @@ def launch(
 ) -> None:
     """Run one of the kernels in the given configuration on contiguous operands."""
     (num_rows, num_summed), num_columns = a_q_MK.shape, b_q_NK.shape[0]
-    num_tiles = triton.cdiv(num_rows, config.rows) * triton.cdiv(num_columns, config.columns)
+    num_programs = triton.cdiv(num_rows, config.rows) * triton.cdiv(num_columns, config.columns)
+    if config.kernel != "pointers":
+        num_multiprocessors = device_facts(a_q_MK.device).num_multiprocessors
+        num_programs = min(num_programs, config.programs_each * num_multiprocessors)
+    if config.kernel == "wgmma":
+        from swcompile.kernels.scaled_mm_wgmma import launch_wgmma
+
+        launch_wgmma(config, num_programs, a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N, out_MN)
+        return
     operands: tuple[object, ...] = (a_q_MK, b_q_NK, out_MN)
-    kernel, num_programs, schedule = _pointer_kernel, num_tiles, {}
+    kernel, schedule = _pointer_kernel, {}
     if config.kernel == "tma":
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        operands = (
-            TensorDescriptor(a_q_MK, a_q_MK.shape, (num_summed, 1), [config.rows, config.summed]),
-            TensorDescriptor(b_q_NK, b_q_NK.shape, (num_summed, 1), [config.columns, config.summed]),
-            TensorDescriptor(
-                out_MN, out_MN.shape, (num_columns, 1), [config.rows, config.columns // config.num_stores]
-            ),
+        blocks = (
+            [config.rows, config.summed],
+            [config.columns, config.summed],
+            [config.rows, config.columns // config.num_stores],
+        )
+        operands = tuple(
+            TensorDescriptor(tensor, tensor.shape, (tensor.shape[1], 1), block)
+            for tensor, block in zip((a_q_MK, b_q_NK, out_MN), blocks, strict=True)
         )
         kernel, schedule = _tma_kernel, {"NUM_STORES": config.num_stores}
-        num_multiprocessors = device_facts(a_q_MK.device).num_multiprocessors
-        num_programs = min(num_tiles, config.programs_each * num_multiprocessors)
     kernel[(num_programs,)](
         *operands,
         scale_a_M1,

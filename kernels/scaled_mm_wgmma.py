@@ -14,7 +14,10 @@ Shapes: M rows of A, N rows of B, K the summed dimension. One barrier of each pa
 bytes of both operands, `free` by both halves once they have multiplied with them.
 """
 
+from functools import cache
+
 import torch
+from swcompile.kernels.scaled_mm_kernels import MatmulConfig
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -32,52 +35,50 @@ _async_store = tma.async_store if hasattr(tma, "async_store") else tma.async_cop
 
 
 def launch_wgmma(
+    config: MatmulConfig,
+    num_programs: int,
     a_q_MK: torch.Tensor,
     b_q_NK: torch.Tensor,
     scale_a_M1: torch.Tensor,
     scale_b: torch.Tensor,
     bias_N: torch.Tensor | None,
     out_MN: torch.Tensor,
-    *,
-    num_programs: int,
-    rows: int,
-    columns: int,
-    summed: int,
-    num_stages: int,
-    group_rows: int,
-    num_stores: int,
-    lead: int,
 ) -> None:
-    """Run the kernel on contiguous operands whose rows start at multiples of 16 bytes."""
+    """Run the kernel on contiguous operands whose rows start at multiples of 16 bytes, one tile a program at least."""
     (num_rows, num_summed), num_columns = a_q_MK.shape, b_q_NK.shape[0]
     wgmma_kernel[(num_programs,)](
-        _descriptor(a_q_MK, [rows, summed]),
-        _descriptor(b_q_NK, [columns, summed]),
-        _descriptor(out_MN, [rows // 2, columns // num_stores]),
+        _descriptor(a_q_MK, config.rows, config.summed),
+        _descriptor(b_q_NK, config.columns, config.summed),
+        _descriptor(out_MN, config.rows // 2, config.columns // config.num_stores),
         scale_a_M1,
         scale_b,
         bias_N,
         num_rows,
         num_columns,
         num_summed,
-        ROWS=rows,
-        COLUMNS=columns,
-        SUMMED=summed,
-        STAGES=num_stages,
-        GROUP=group_rows,
-        NUM_STORES=num_stores,
-        LEAD=lead,
+        ROWS=config.rows,
+        COLUMNS=config.columns,
+        SUMMED=config.summed,
+        STAGES=config.num_stages,
+        GROUP=config.group_rows,
+        NUM_STORES=config.num_stores,
+        LEAD=config.lead,
         HAS_BIAS=bias_N is not None,
         PER_COLUMN=scale_b.numel() > 1,
-        num_warps=4,
+        num_warps=config.num_warps,
         enable_fp_fusion=False,  # acc * scale + bias rounds twice, like the reference
     )
 
 
-def _descriptor(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    dtype = {1: gl.int8, 2: gl.bfloat16, 4: gl.float32}[tensor.element_size()]  # only the size matters to a layout
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), block, layout)
+def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    layout = _layout(rows, columns, tensor.element_size())
+    return TensorDescriptor(tensor, tensor.shape, (tensor.shape[1], 1), [rows, columns], layout)
+
+
+@cache
+def _layout(rows: int, columns: int, itemsize: int) -> gl.NVMMASharedLayout:
+    dtype = {1: gl.int8, 2: gl.bfloat16, 4: gl.float32}[itemsize]  # a layout depends on the size alone
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
 
 
 @gluon.jit
@@ -94,19 +95,16 @@ def _tile_start(tile, num_rows, num_columns, ROWS: gl.constexpr, COLUMNS: gl.con
 def _load(
     a_desc,
     b_desc,
-    a_ring,
-    b_ring,
-    loaded,
-    free,
-    num_rows,
-    num_columns,
-    num_summed,
+    shared,
+    sizes,
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
     SUMMED: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):
+    a_ring, b_ring, _, loaded, free, _ = shared
+    num_rows, num_columns, num_summed = sizes
     num_tiles = gl.cdiv(num_rows, ROWS) * gl.cdiv(num_columns, COLUMNS)
     step = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
@@ -124,18 +122,9 @@ def _load(
 @gluon.jit
 def _multiply(
     out_desc,
-    scale_a_ptr,
-    scale_b_ptr,
-    bias_ptr,
-    a_ring,
-    b_ring,
-    out_halves,
-    loaded,
-    free,
-    started,
-    num_rows,
-    num_columns,
-    num_summed,
+    pointers,
+    shared,
+    sizes,
     HALF: gl.constexpr,
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
@@ -147,14 +136,19 @@ def _multiply(
     HAS_BIAS: gl.constexpr,
     PER_COLUMN: gl.constexpr,
 ):
+    scale_a_ptr, scale_b_ptr, bias_ptr = pointers
+    a_ring, b_ring, out_halves, loaded, free, started = shared
+    num_rows, num_columns, num_summed = sizes
     HEIGHT: gl.constexpr = ROWS // 2
     # Triton knows int8 instructions up to 224 columns, of which the largest power of two is 128.
     layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, min(COLUMNS, 128), 32]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, min(128, COLUMNS), 32]
     )
     num_tiles = gl.cdiv(num_rows, ROWS) * gl.cdiv(num_columns, COLUMNS)
     num_steps = gl.cdiv(num_summed, SUMMED)
     out_tile = out_halves.index(HALF)
+    if not PER_COLUMN:
+        scale_b = gl.load(scale_b_ptr)
     if HALF == 1 and LEAD > 0:
         mbarrier.wait(started, 0)
     step = 0
@@ -171,17 +165,16 @@ def _multiply(
             acc = warpgroup_mma(a, b_ring.index(stage).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))  # all but this one: the last stage is done with
             mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
-            if HALF == 0 and LEAD > 0:
-                mbarrier.arrive(started, count=1, pred=step == min(LEAD, num_steps) - 1)
             step += 1
+            if HALF == 0 and LEAD > 0:
+                if step == min(LEAD, num_steps):
+                    mbarrier.arrive(started, count=1)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
 
         columns = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
         if PER_COLUMN:
             scale_b = gl.expand_dims(gl.load(scale_b_ptr + columns, mask=columns < num_columns, other=0.0), 0)
-        else:
-            scale_b = gl.load(scale_b_ptr)
         out = (acc.to(gl.float32) * gl.expand_dims(scale_a, 1)) * scale_b
         if HAS_BIAS:
             bias = gl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0)
@@ -236,15 +229,19 @@ def wgmma_kernel(
         mbarrier.init(loaded.index(stage), count=1)
         mbarrier.init(free.index(stage), count=2)
     mbarrier.init(started, count=1)
+    fence_async_shared()  # the copy engine sees the barriers as they are now
     shared = (a_ring, b_ring, out_halves, loaded, free, started)
     sizes = (num_rows, num_columns, num_summed)
-    half_0 = (
-        out_desc, scale_a_ptr, scale_b_ptr, bias_ptr, *shared, *sizes,
-        0, ROWS, COLUMNS, SUMMED, STAGES, GROUP, NUM_STORES, LEAD, HAS_BIAS, PER_COLUMN,
+    pointers = (scale_a_ptr, scale_b_ptr, bias_ptr)
+    # Written out twice: a tuple that is given a name turns its constants into values of run time.
+    gl.warp_specialize(
+        [
+            (_multiply, (out_desc, pointers, shared, sizes, 0, ROWS, COLUMNS, SUMMED, STAGES, GROUP, NUM_STORES, LEAD,
+                         HAS_BIAS, PER_COLUMN)),
+            (_multiply, (out_desc, pointers, shared, sizes, 1, ROWS, COLUMNS, SUMMED, STAGES, GROUP, NUM_STORES, LEAD,
+                         HAS_BIAS, PER_COLUMN)),
+            (_load, (a_desc, b_desc, shared, sizes, ROWS, COLUMNS, SUMMED, STAGES, GROUP)),
+        ],
+        [4, 1],
+        [232, 40],
     )  # fmt: skip
-    half_1 = (
-        out_desc, scale_a_ptr, scale_b_ptr, bias_ptr, *shared, *sizes,
-        1, ROWS, COLUMNS, SUMMED, STAGES, GROUP, NUM_STORES, LEAD, HAS_BIAS, PER_COLUMN,
-    )  # fmt: skip
-    loads = (a_desc, b_desc, a_ring, b_ring, loaded, free, *sizes, ROWS, COLUMNS, SUMMED, STAGES, GROUP)
-    gl.warp_specialize([(_multiply, half_0), (_multiply, half_1), (_load, loads)], [4, 1], [232, 40])

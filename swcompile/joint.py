@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import config as inductor_config
@@ -91,28 +92,29 @@ def parameter_names(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, str]
     names = {}
     for index, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
         if isinstance(value, nn.Parameter):
-            source = getattr(node, "_dynamo_source", None) or getattr(node.meta.get("grapharg"), "source", None)
-            name = source.name if source is not None else node.name
-            names[index] = _qualified(name() if callable(name) else name)
+            source = getattr(node.meta.get("grapharg"), "source", None)
+            names[index] = node.name if source is None else _qualified(source.name)
     return names
 
 
 def is_whole(gm: fx.GraphModule) -> bool:
-    """Whether a Dynamo graph ends where its function returns, and not at a graph break."""
+    """Whether a Dynamo graph ends where its function returns: not at a graph break, nor at the edge of a DDP bucket."""
     reason = getattr(gm, "compile_subgraph_reason", None)
-    return reason is None or not reason.graph_break
+    if reason is None or not reason.graph_break:
+        return True
+    if "DDPOptimizer" not in reason.reason:
+        return False
+    whole = InstructionTranslator.current_tx().output.graph  # of which DDP's buckets made this graph a piece
+    values = [
+        {id(node.meta.get("example_value")) for node in graph.output_node().all_input_nodes}
+        for graph in (whole, gm.graph)
+    ]
+    return not values[0].isdisjoint(values[1])
 
 
 def _qualified(source: str) -> str:
     parts = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", source)
-    if parts:
-        return ".".join(parts)
-    # Split by DDP's bucketing, Dynamo's graph keeps the names of its inputs and not their sources.
-    mangled = re.fullmatch(r"l_\w*?_(modules_.*)?parameters_(\w+?)_?", source)
-    if mangled:
-        modules = (mangled[1] or "").removeprefix("modules_").replace("_modules_", ".").rstrip("_")
-        return ".".join(part for part in (modules, mangled[2]) if part)
-    return re.sub(r"^[LG]\['\w+'\]\.?", "", source)
+    return ".".join(parts) if parts else re.sub(r"^[LG]\['\w+'\]\.?", "", source)
 
 
 def trace_joint(

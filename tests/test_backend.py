@@ -41,10 +41,10 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Blocks and a head, with checkpointing on demand."""
 
-    def __init__(self, *, checkpointed: bool = False, dropout: float = 0.0):
+    def __init__(self, *, width: int = WIDTH, checkpointed: bool = False, dropout: float = 0.0):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(dropout=dropout) for _ in range(2))
-        self.head = nn.Linear(WIDTH, 10)
+        self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(2))
+        self.head = nn.Linear(width, 10)
         self.checkpointed = checkpointed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,11 @@ from swcompile.kernels.scaled_mm import (
 from swcompile.kernels.scaled_mm_kernels import (
     POINTER_CANDIDATES,
     TMA_CANDIDATES,
+    WGMMA_CANDIDATES,
+    MatmulConfig,
     candidates,
-    fits_tma,
+    fits_copy_engine,
+    has_wgmma,
     launch,
 )
 
@@ -43,6 +46,13 @@ def expected_of_kernel(*arguments: object) -> torch.Tensor:
         return scaled_mm_reference(*arguments)
     exact = scaled_mm_reference(*arguments[:-1], torch.float32)
     return (exact.view(torch.int32) & -65536).view(torch.float32).to(torch.bfloat16)
+
+
+def skip_unless_it_runs_here(config: MatmulConfig, *tensors: torch.Tensor) -> None:
+    if config.kernel != "pointers" and not fits_copy_engine(*tensors):
+        pytest.skip("this GPU has no copy engine for tensors")
+    if config.kernel == "wgmma" and not has_wgmma(tensors[0].device):
+        pytest.skip("needs a Hopper GPU; Triton's interpreter does not know Gluon")
 
 
 @pytest.mark.parametrize("function", IMPLEMENTATIONS)
@@ -89,26 +99,32 @@ def test_kernels_equal_reference(shape, per_column, bias_dtype, out_dtype):
     assert torch.equal(actual, expected_of_kernel(*operands, bias, out_dtype))
 
 
-@pytest.mark.parametrize("config", [*TMA_CANDIDATES, *POINTER_CANDIDATES])
+@pytest.mark.parametrize("config", [*WGMMA_CANDIDATES, *TMA_CANDIDATES, *POINTER_CANDIDATES])
 def test_every_configuration_gives_the_same_bits(config):
     operands = random_operands(70, 272, 144, per_column=True)
     bias = torch.randn(272, device=DEVICE)
     expected = scaled_mm_reference(*operands, bias, torch.float32)
     out = torch.full_like(expected, torch.nan)
-    if config.kernel != "pointers" and not fits_tma(*operands[:2], out):
-        pytest.skip("this GPU has no copy engine for tensors")
+    skip_unless_it_runs_here(config, *operands[:2], out)
     launch(config, *operands, bias, out)
     assert torch.equal(out, expected)
 
 
 def test_candidates():
-    assert len(TMA_CANDIDATES) <= 8 and len(POINTER_CANDIDATES) <= 8
-    assert {config.kernel for config in candidates(tma=False)} == {"pointers"}
+    assert all(0 < len(configs) <= 8 for configs in (WGMMA_CANDIDATES, TMA_CANDIDATES, POINTER_CANDIDATES))
+    device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu")
+    assert {config.kernel for config in candidates(device, copies_fit=False)} == {"pointers"}
+    assert ("wgmma" in {config.kernel for config in candidates(device, copies_fit=True)}) == has_wgmma(device)
+
+
+def test_the_copy_engine_wants_multiples_of_16_bytes():
     out = torch.empty(4, 8, dtype=torch.bfloat16, device=DEVICE)
-    fits = [fits_tma(*random_operands(4, 8, k)[:2], out[:, :n]) for k, n in ((16, 8), (8, 8), (16, 4))]
-    assert fits[1:] == [False, False]
+    sizes = ((8, 8), (16, 4), (16, 8))  # K, N
+    fits = [fits_copy_engine(*random_operands(4, 8, k)[:2], out[:, :n]) for k, n in sizes]
+    has_engine = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
+    assert fits == [False, False, has_engine]
     unaligned = torch.zeros(4 * 16 + 1, dtype=torch.int8, device=DEVICE)[1:].view(4, 16)
-    assert not fits_tma(unaligned, unaligned, out)
+    assert not fits_copy_engine(unaligned, unaligned, out)
 
 
 @pytest.mark.parametrize("function", IMPLEMENTATIONS)
@@ -206,14 +222,13 @@ def test_large(shape, per_column, has_bias, out_dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [*TMA_CANDIDATES, *POINTER_CANDIDATES])
+@pytest.mark.parametrize("config", [*WGMMA_CANDIDATES, *TMA_CANDIDATES, *POINTER_CANDIDATES])
 def test_every_configuration_on_many_tiles(config):
     # several tiles a program, partial tiles at both edges, and a K that is no multiple of a step
     operands = random_operands(5000, 2064, 1360, per_column=True)
     expected = scaled_mm_reference(*operands, None, torch.bfloat16)
     out = torch.empty_like(expected)
-    if config.kernel != "pointers" and not fits_tma(*operands[:2], out):
-        pytest.skip("this GPU has no copy engine for tensors")
+    skip_unless_it_runs_here(config, *operands[:2], out)
     for _ in range(20):  # a race between copies and multiplications need not show at once
         out.fill_(torch.nan)
         launch(config, *operands, None, out)

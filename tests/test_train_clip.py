@@ -111,7 +111,7 @@ def test_text_is_pooled_at_its_end_so_padding_does_not_matter() -> None:
 
 
 def test_features_are_unit_vectors_and_the_logit_scale_is_clamped() -> None:
-    model, tokenizer = _model()
+    model, _ = _model()
     with torch.no_grad():
         features = model.encode_images(torch.zeros(2, 16, 16, dtype=torch.uint8))
         torch.testing.assert_close(features.norm(dim=1), torch.ones(2))

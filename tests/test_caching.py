@@ -1,0 +1,87 @@
+"""Inductor's caches stay on, hit in a second process, and never serve the wrong rewrite."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import swcompile
+
+PROGRAM = """
+import json, sys, torch, swcompile
+from torch._dynamo.utils import counters
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64), torch.nn.ReLU(),
+                            torch.nn.Linear(64, 8))
+x = torch.randn(32, 64)
+out = torch.compile(model, backend="switchback", options=json.loads(sys.argv[1]))(x)
+out.square().sum().backward()
+print(json.dumps({
+    "hits": counters["aot_autograd"]["autograd_cache_hit"],
+    "misses": counters["aot_autograd"]["autograd_cache_miss"],
+    "bypasses": counters["aot_autograd"]["autograd_cache_bypass"],
+    "report": swcompile.reports()[-1].as_dict(),
+    "text": str(swcompile.reports()[-1]),
+    "grads": [p.grad.tolist() for p in model.parameters()],
+    "file": swcompile.__file__,
+}))
+"""
+
+
+def run(cache: Path, options: dict[str, Any], path: Path | None = None) -> dict[str, Any]:
+    """Compile and train a step in a process of its own."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    if path:
+        environment["PYTHONPATH"] = str(path)
+    command = [sys.executable, "-c", PROGRAM, json.dumps({"skip_slower": False} | options)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cache)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def cold(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    cache = tmp_path_factory.mktemp("inductor")
+    return cache, run(cache, {})
+
+
+def test_a_second_process_hits_and_its_report_is_right(cold: tuple[Path, dict[str, Any]]) -> None:
+    cache, first = cold
+    assert (first["hits"], first["misses"], first["bypasses"]) == (0, 1, 0)
+    second = run(cache, {})
+    assert (second["hits"], second["misses"], second["bypasses"]) == (1, 0, 0)
+    assert second["grads"] == first["grads"]
+    assert second["report"] == first["report"] and second["text"] == first["text"]
+    assert first["report"]["summary"] == "switchback: int8 in 2 of 3 output, 1 of 2 grad_input, 0 of 3 grad_weight"
+
+
+@pytest.mark.parametrize(
+    "options", [{"recipe": "switchback_q"}, {"include": ["2.*"]}, {"exclude": ["2.*"]}, {"recipe": "switchback_m"}]
+)
+def test_other_options_miss(cold: tuple[Path, dict[str, Any]], options: dict[str, Any]) -> None:
+    cache, first = cold
+    other = run(cache, options)
+    assert (other["hits"], other["misses"]) == (0, 1)
+    assert other["grads"] != first["grads"] and other["report"] != first["report"]
+
+
+def test_an_edited_pass_misses(cold: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    cache, first = cold
+    package = Path(swcompile.__file__).parent
+    kernels = Path(sys.modules["swcompile.kernels"].__file__ or "").parent
+    shutil.copytree(package, tmp_path / "swcompile")
+    shutil.copytree(kernels, tmp_path / "swcompile" / "kernels")
+    same = run(cache, {}, tmp_path)
+    assert Path(same["file"]).is_relative_to(tmp_path)
+    assert (same["hits"], same["misses"]) == (1, 0)
+    with (tmp_path / "swcompile" / "passes" / "quantize_matmuls.py").open("a") as file:
+        file.write("# an edit\n")
+    edited = run(cache, {}, tmp_path)
+    assert (edited["hits"], edited["misses"]) == (0, 1)
+    assert edited["grads"] == first["grads"]

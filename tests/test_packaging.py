@@ -1,0 +1,90 @@
+"""What is installed is whole: wheel, sdist and editable install contain the kernels, under one name only."""
+
+import ast
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(
+    file
+    for folder in ("swcompile", "kernels", "tests", "examples", "benchmarks", "docs")
+    for file in (ROOT / folder).rglob("*.py")
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def _modules() -> set[str]:
+    package = {f"swcompile/{file.relative_to(ROOT / 'swcompile')}" for file in (ROOT / "swcompile").rglob("*.py")}
+    return package | {f"swcompile/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
+
+
+def test_wheel(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in names if name.endswith(".py")} == _modules()
+    assert "swcompile/py.typed" in names
+    (points,) = (name for name in names if name.endswith("entry_points.txt"))
+    assert "switchback = swcompile.backend:switchback" in zipfile.ZipFile(wheel).read(points).decode()
+
+
+def test_sdist(built: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {f"kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")} <= names
+    assert {"swcompile/__init__.py", "swcompile/passes/__init__.py", "LICENSE", "README.md"} <= names
+
+
+def test_wheel_works_without_the_repository(built: Path, tmp_path: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    program = "import swcompile.kernels.scaled_mm as m, torch; print(m.__file__, torch.ops.swcompile.scaled_mm.default)"
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert str(tmp_path) in done.stdout and "swcompile.scaled_mm.default" in done.stdout, done.stderr
+
+
+def test_entry_point() -> None:
+    (point,) = entry_points(group="torch_dynamo_backends", name="switchback")
+    assert point.value == "swcompile.backend:switchback"
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports(file: Path) -> None:
+    """Nothing imports `kernels` by its bare name, networkx lives in graph.py, and imports point down only."""
+    layers = ["kernels", "recipe", "report", "graph", "pipeline", "cost", "passes", "joint", "capture", "backend"]
+    imported = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            imported |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    assert not {name for name in imported if name.split(".")[0] == "kernels"}
+    relative = file.relative_to(ROOT)
+    if "networkx" in imported:
+        assert str(relative) == "swcompile/graph.py"
+    if relative.parts[0] not in ("swcompile", "kernels") or relative.name == "__init__.py":
+        return
+    own = "kernels" if relative.parts[0] == "kernels" else relative.parts[1].removesuffix(".py")
+    above = set(layers[layers.index(own) + 1 :])
+    ours = {name.split(".")[1] for name in imported if name.startswith("swcompile.")}
+    assert not ours & above, f"{relative} imports upwards: {ours & above}"
+
+
+def test_kernels_are_imported_under_one_name() -> None:
+    assert "kernels" not in sys.modules
