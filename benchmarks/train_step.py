@@ -94,7 +94,8 @@ def step_of(workload: Workload, call: Callable[..., Any]) -> Callable[[], None]:
 
 def measure(workload: Workload, routes: list[str], rounds: int, options: dict[str, Any]) -> list[dict[str, Any]]:
     """One row a route: seconds to compile, ms a step, GiB at the peak."""
-    steps, rows = {}, {}
+    steps: dict[str, Callable[[], None]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for route in routes:
         torch._dynamo.reset()
         is_recipe = route in swcompile.RECIPES

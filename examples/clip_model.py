@@ -51,14 +51,14 @@ class ClipSize:
 
 SIZES = {
     "tiny": ClipSize(
-        vision=Tower(width=192, num_layers=4, num_heads=3),
-        text=Tower(width=128, num_layers=3, num_heads=2),
+        vision=Tower(width=192, num_layers=3, num_heads=3),
+        text=Tower(width=128, num_layers=2, num_heads=2),
         embed_dim=128,
         image_size=32,
         patch_size=8,
-        batch_size=256,
-        num_steps=200,
-        learning_rate=2e-3,
+        batch_size=128,
+        num_steps=400,
+        learning_rate=1e-3,
     ),
     "small": ClipSize(
         vision=Tower(width=384, num_layers=12, num_heads=6),

@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")  # draws to files, needs no screen
 import matplotlib.pyplot as plt
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 
@@ -77,8 +78,13 @@ class PeakMemory:
 
 def results_table(results: Sequence[RunResult]) -> Table:
     """One line a run."""
-    table = Table(title="Zero-shot on fonts never trained on")
-    for heading in ("run", "loss", "top-1", "top-5", "x chance", "samples/s", "compile", "peak memory"):
+    table = Table(
+        title="Training, and zero-shot accuracy on fonts never trained on",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for heading in ("run", "loss", "top-1", "top-5", "times\nchance", "samples/s", "compile", "peak\nmemory"):
         table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
     for result in results:
         memory = "-" if result.peak_memory_mib is None else f"{result.peak_memory_mib:,.0f} MiB"
@@ -117,7 +123,7 @@ def plot_losses(results: Sequence[RunResult], path: Path) -> None:
 
 
 def _running_mean(losses: Sequence[float]) -> list[float]:
-    """Mean of each loss and those before it, at most a twentieth of them all."""
-    width = max(1, len(losses) // 20)
-    windows = (losses[max(0, end - width) : end] for end in range(1, len(losses) + 1))
+    """Mean of each loss and its neighbours: a twentieth of them all, fewer at both ends."""
+    half = len(losses) // 40
+    windows = (losses[max(0, index - half) : index + half + 1] for index in range(len(losses)))
     return [sum(window) / len(window) for window in windows]

@@ -23,7 +23,9 @@ class NumberFormat:
     def __post_init__(self) -> None:
         bits = 1 + self.exponent_bits + self.mantissa_bits
         if bits != 8 * self.dtype.itemsize:
-            raise ValueError(f"{self.name}: {bits} bits given, but {self.dtype} holds {8 * self.dtype.itemsize}")
+            raise ValueError(
+                f"{self.name}: {bits} bits given, but {self.dtype} holds {8 * self.dtype.itemsize}"
+            )
 
     @property
     def is_integer(self) -> bool:

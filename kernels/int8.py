@@ -105,9 +105,13 @@ def round_to_int8(x, inverse):
 
 
 @triton.jit
-def store_int8_tile(x_q, same_ptr, transposed_ptr, rows, columns, num_rows, num_columns, mask, SAME, TRANSPOSED):
+def store_int8_tile(
+    x_q, same_ptr, transposed_ptr, rows, columns, num_rows, num_columns, mask, SAME, TRANSPOSED
+):
     """Store tile `x_q` of a [num_rows, num_columns] matrix into a contiguous copy, a transposed one, or both."""
     if SAME:
         tl.store(same_ptr + (rows * num_columns)[:, None] + columns[None, :], x_q, mask=mask)
     if TRANSPOSED:
-        tl.store(transposed_ptr + (columns * num_rows)[:, None] + rows[None, :], tl.trans(x_q), mask=tl.trans(mask))
+        tl.store(
+            transposed_ptr + (columns * num_rows)[:, None] + rows[None, :], tl.trans(x_q), mask=tl.trans(mask)
+        )

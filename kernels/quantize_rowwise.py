@@ -158,7 +158,7 @@ def _quantize_rowwise_kernel(
             x = tl.load(x_rows + i * WIDTH + columns, mask=mask)
             if mask is not None:
                 x = tl.where(mask, x, 0.0)
-            pieces = pieces + (x,)
+            pieces = pieces + (x,)  # type: ignore[assignment]
             bits = tl.maximum(bits, magnitude_bits(x))
         scale, inverse = scale_and_inverse(tl.max(bits, axis=1))
         for i in tl.static_range(NUM_PIECES):

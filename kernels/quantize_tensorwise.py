@@ -1,5 +1,8 @@
 # mypy: allow-untyped-defs
-"""Tensor-wise int8 quantisation, as it is, transposed, or both. Shapes: N rows (out features), K columns (in features)."""
+"""Tensor-wise int8 quantisation, as it is, transposed, or both.
+
+Shapes: N rows (out features), K columns (in features); R rows and C columns in the order of storage.
+"""
 
 from typing import NamedTuple
 
@@ -125,7 +128,9 @@ def _quantize(
     x_NK = with_unit_inner_stride(x_NK)
     num_rows, num_columns = x_NK.shape
     x_q_NK = torch.empty((num_rows, num_columns) if same else (0,), dtype=torch.int8, device=x_NK.device)
-    x_q_KN = torch.empty((num_columns, num_rows) if transposed else (0,), dtype=torch.int8, device=x_NK.device)
+    x_q_KN = torch.empty(
+        (num_columns, num_rows) if transposed else (0,), dtype=torch.int8, device=x_NK.device
+    )
     scale_11 = torch.empty((1, 1), dtype=torch.float32, device=x_NK.device)
     partial = torch.empty(MAX_PARTIALS, dtype=torch.int32, device=x_NK.device)
 

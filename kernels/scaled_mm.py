@@ -1,4 +1,7 @@
-"""int8 matmul with a scaled epilogue. Shapes: M rows of A (tokens), N rows of B (out features), K the summed dimension."""
+"""int8 matmul with a scaled epilogue.
+
+Shapes: M rows of A (tokens), N rows of B (out features), K the summed dimension.
+"""
 
 from functools import cache
 from pathlib import Path
@@ -170,7 +173,9 @@ def _check_shapes(
 ) -> None:
     (num_rows, num_summed), num_columns = a_q.shape, b_q.shape[0]
     if b_q.shape[1] != num_summed:
-        raise ValueError(f"scaled_mm: a_q sums over K={num_summed}, but b_q over {b_q.shape[1]}; b_q is [N, K]")
+        raise ValueError(
+            f"scaled_mm: a_q sums over K={num_summed}, but b_q over {b_q.shape[1]}; b_q is [N, K]"
+        )
     if num_summed > MAX_K:
         raise ValueError(f"scaled_mm: K={num_summed} may overflow int32; split the sum at {MAX_K} or below")
     if scale_a.shape != (num_rows, 1):

@@ -1,7 +1,8 @@
 # mypy: allow-untyped-defs
-"""Two Triton kernels of `scaled_mm`, and which configurations there are. Shapes: M rows of A, N rows of B, K the summed dimension.
+"""Two Triton kernels of `scaled_mm`, and which configurations of all three there are.
 
-Configurations are many and host code little here; what the op means, checks and promises stands in `scaled_mm.py`.
+What the op means, checks and promises stands in `scaled_mm.py`; the third kernel in `scaled_mm_wgmma.py`.
+Shapes: M rows of A, N rows of B, K the summed dimension.
 """
 
 from functools import cache
@@ -162,11 +163,20 @@ def _tile_start(tile, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.con
 
 @triton.jit
 def _scale(
-    acc, scale_a, scale_b_ptr, bias_ptr, columns, num_columns, HAS_BIAS: tl.constexpr, PER_COLUMN: tl.constexpr
+    acc,
+    scale_a,
+    scale_b_ptr,
+    bias_ptr,
+    columns,
+    num_columns,
+    HAS_BIAS: tl.constexpr,
+    PER_COLUMN: tl.constexpr,
 ):
     """The epilogue, in float32: ``(acc * scale_a) * scale_b + bias`` for a tile of these columns."""
     mask = columns < num_columns
-    scale_b = tl.load(scale_b_ptr + columns, mask=mask, other=0.0)[None, :] if PER_COLUMN else tl.load(scale_b_ptr)
+    scale_b = (
+        tl.load(scale_b_ptr + columns, mask=mask, other=0.0)[None, :] if PER_COLUMN else tl.load(scale_b_ptr)
+    )
     out = (acc.to(tl.float32) * scale_a[:, None]) * scale_b
     if HAS_BIAS:
         out += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
@@ -215,7 +225,14 @@ def _tma_kernel(
             )
             out_desc.store([row, column], out.to(out_desc.dtype))
             out = _scale(
-                right, scale_a, scale_b_ptr, bias_ptr, columns + WIDTH, num_columns, HAS_BIAS, SCALE_PER_COLUMN
+                right,
+                scale_a,
+                scale_b_ptr,
+                bias_ptr,
+                columns + WIDTH,
+                num_columns,
+                HAS_BIAS,
+                SCALE_PER_COLUMN,
             )
             out_desc.store([row, column + WIDTH], out.to(out_desc.dtype))
 

@@ -1,17 +1,18 @@
 # mypy: allow-untyped-defs
 """`scaled_mm` for Hopper (compute capability 9.0), written in Gluon: what Triton's `tl.dot` leaves out for int8.
 
-Triton waits for each int8 multiplication to end before it issues the next (it overlaps float32 accumulators only), and
-nothing is multiplied while a finished tile is scaled and stored. Here one program fills each multiprocessor with three
-roles that meet at barriers in shared memory only:
+Triton waits for each int8 multiplication to end before it issues the next (it overlaps float32 accumulators
+only), and nothing is multiplied while a finished tile is scaled and stored. Here one program fills each
+multiprocessor with three roles that meet at barriers in shared memory only:
 
-    load       1 warp    fetches the next operands into a ring of stages, across tiles
-    multiply 0 4 warps   upper half of each tile: one multiplication in flight while the next is issued, then the epilogue
-    multiply 1 4 warps   lower half, `LEAD` steps behind: it has the tensor cores to itself while half 0 stores, and the
-                         other way round
+    load        1 warp   fetches the next operands into a ring of stages, across tiles
+    multiply 0  4 warps  upper half of each tile: one multiplication in flight while the next is issued, then
+                         the epilogue
+    multiply 1  4 warps  lower half, `LEAD` steps behind: it has the tensor cores to itself while half 0 stores,
+                         and the other way round
 
-Shapes: M rows of A, N rows of B, K the summed dimension. One barrier of each pair a stage: `loaded` is completed by the
-bytes of both operands, `free` by both halves once they have multiplied with them.
+Each stage has two barriers: `loaded` is completed by the bytes of both operands, `free` by both halves once they
+have multiplied with them. Shapes: M rows of A, N rows of B, K the summed dimension.
 """
 
 from functools import cache
@@ -111,7 +112,9 @@ def _load(
         row, column = _tile_start(tile, num_rows, num_columns, ROWS, COLUMNS, GROUP)
         for k in range(0, num_summed, SUMMED):
             stage = step % STAGES
-            mbarrier.wait(free.index(stage), (step // STAGES + 1) & 1)  # the first time round it is free at once
+            mbarrier.wait(
+                free.index(stage), (step // STAGES + 1) & 1
+            )  # the first time round it is free at once
             barrier = loaded.index(stage)
             mbarrier.expect(barrier, (ROWS + COLUMNS) * SUMMED)
             _async_load(a_desc, [row, k], barrier, a_ring.index(stage))
@@ -163,10 +166,12 @@ def _multiply(
             mbarrier.wait(loaded.index(stage), (step // STAGES) & 1)
             a = a_ring.index(stage).slice(HALF * HEIGHT, HEIGHT)
             acc = warpgroup_mma(a, b_ring.index(stage).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))  # all but this one: the last stage is done with
+            acc = warpgroup_mma_wait(
+                num_outstanding=1, deps=(acc,)
+            )  # all but this one: the last stage is done with
             mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
             step += 1
-            if HALF == 0 and LEAD > 0:
+            if HALF == 0 and LEAD > 0:  # noqa: SIM102 (the first is known at compile time)
                 if step == min(LEAD, num_steps):
                     mbarrier.arrive(started, count=1)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
@@ -221,7 +226,9 @@ def wgmma_kernel(
     gl.static_assert(LEAD < STAGES, "half 0 cannot be further ahead than there are stages")
     a_ring = gl.allocate_shared_memory(gl.int8, [STAGES, ROWS, SUMMED], a_desc.layout)
     b_ring = gl.allocate_shared_memory(gl.int8, [STAGES, COLUMNS, SUMMED], b_desc.layout)
-    out_halves = gl.allocate_shared_memory(out_desc.dtype, [2, ROWS // 2, COLUMNS // NUM_STORES], out_desc.layout)
+    out_halves = gl.allocate_shared_memory(
+        out_desc.dtype, [2, ROWS // 2, COLUMNS // NUM_STORES], out_desc.layout
+    )
     loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     started = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())

@@ -165,8 +165,11 @@ class Tuner(Generic[Config]):
 
     def _nearest(self, key: Key, device: torch.device) -> Config | None:
         """What is remembered for the nearest first element of `key`, all else being equal."""
-        alike = [(abs(log2(known[0] / key[0])), config) for (at, known), config in self._chosen.items()
-                 if at == device and known[1:] == key[1:]]
+        alike = [
+            (abs(log2(known[0] / key[0])), config)
+            for (at, known), config in self._chosen.items()
+            if at == device and known[1:] == key[1:]
+        ]
         return min(alike, key=lambda pair: pair[0])[1] if alike else None
 
     def _path(self, device: torch.device) -> Path:

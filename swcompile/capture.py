@@ -95,12 +95,12 @@ class JointGraph:
             source = node.meta.get("desc")
             if isinstance(source, descriptors.PlainAOTInput):
                 arguments.append(self.inputs[source.idx])
-            elif isinstance(source, descriptors.TangentAOTInput):
-                value = node.meta["val"]
-                ones = torch.ones(facts.sizes(node), dtype=value.dtype, device=value.device)
-                arguments.append(next(given) if tangents else ones)
-            else:
-                raise ValueError(f"the graph takes {source!r}, which only a compiled model has (dropout on a GPU?)")
+                continue
+            if not isinstance(source, descriptors.TangentAOTInput):
+                raise TypeError(f"the graph takes {source!r}, which only a compiled model has")
+            value = node.meta["val"]
+            ones = torch.ones(facts.sizes(node), dtype=value.dtype, device=value.device)
+            arguments.append(next(given) if tangents else ones)
         with torch.no_grad():
             results = self.module(*arguments)
         names = {node.meta["desc"].idx: name for node, name in facts.parameters(self.graph).items()}
@@ -133,6 +133,7 @@ def capture(model: Callable[..., Any], *inputs: Any, kwargs: Mapping[str, Any] |
 
         def keep(graph: fx.Graph) -> None:
             facts.name_parameters(graph, names)
+            assert graph.owning_module is not None
             module = fx.GraphModule(graph.owning_module, copy_graph(graph))
             captured.append(JointGraph(module=module, inputs=list(example_inputs)))
 

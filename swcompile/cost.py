@@ -7,10 +7,12 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch._inductor import config as inductor_config
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -19,6 +21,7 @@ from swcompile.kernels.library import Work
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE, quantize_rowwise_work
 from swcompile.kernels.quantize_tensorwise import quantize_tensorwise_work
 from swcompile.kernels.scaled_mm import SCALED_MM, scaled_mm_work
+from swcompile.pipeline import source_fingerprint
 from swcompile.recipe import GemmFormat, Scaling
 
 
@@ -32,46 +35,76 @@ class DeviceRates:
     """Rate of a large `scaled_mm`, OP/s."""
     quantize: float
     """Rate of a large `quantize_rowwise`, bytes read and written a second."""
-    call: float
-    """Time of the smallest op call, seconds: what each further kernel costs at least."""
+    kernel: float
+    """Seconds that the smallest kernel takes on the device."""
+    matmul_call: float
+    """Seconds that the host spends on launching a matmul; 0 on a CPU, where it is part of `kernel`."""
+    quantize_call: float
+    """Seconds that the host spends on launching one of our kernels; likewise."""
 
-    def time_of(self, work: Work, *, int8: bool = False) -> float:
-        """Seconds for an op: its arithmetic or its bytes, whichever takes longer, and the call."""
-        rate = self.int8_matmul if int8 else self.matmul
-        return max(work.flops / rate, work.bytes / self.quantize) + self.call
+
+class Candidate(NamedTuple):
+    """A matmul that may be rewritten."""
+
+    matmul: Matmul
+    gemm: GemmFormat
+    sharers: int
+    """How many candidates read the same quantised activation; each bears its share."""
 
 
-def predict_speedup(
-    matmul: Matmul, gemm: GemmFormat, *, sharers: int = 1, rates: DeviceRates | None = None
-) -> float:
-    """Predicted time of the original matmul over that of int8 with its quantisation.
+class _Times(NamedTuple):
+    """Seconds that a matmul takes, as it is and in int8 with its quantisation."""
+
+    original: float
+    int8: float
+    original_host: float
+    int8_host: float
+
+
+def predict_speedups(candidates: Sequence[Candidate], *, rates: DeviceRates | None = None) -> list[float]:
+    """Predicted time of each original matmul over that of int8 with its quantisation.
+
+    Device time decides as long as the device is the bottleneck. Where the host would take longer to launch the
+    rewritten matmuls of this graph than the device to run them (and no CUDA graph launches them), the longer of both
+    counts.
 
     Args:
-        matmul: the matmul.
-        gemm: how it would run in int8.
-        sharers: how many matmuls read the same quantised activation; each bears its share.
+        candidates: of one graph.
         rates: of the device; measured where not given.
     """
+    times = [_times(candidate, rates) for candidate in candidates]
+    device, host = sum(t.int8 for t in times), sum(t.int8_host for t in times)
+    if host <= device or inductor_config.triton.cudagraphs:
+        return [t.original / t.int8 for t in times]
+    return [max(t.original, t.original_host) / max(t.int8, t.int8_host) for t in times]
+
+
+def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
+    matmul, gemm, sharers = candidate
     value = matmul.node.meta["val"]
     rates = rates or device_rates(value.device, value.dtype)
     m, n, k = matmul.shape
     itemsize = value.dtype.itemsize
-    original = Work(flops=2 * m * n * k, bytes=itemsize * (m * k + n * k + m * n))
-    left, right = gemm.other, gemm.weight
     weight = matmul.lhs if matmul.weight_on_left else matmul.rhs
-    weight_elements = math.prod(sizes(weight)[-2:])
-    activation_elements = m * k + n * k - weight_elements
-    quantize_activation = _quantize_time(left, activation_elements // k, k, itemsize, rates) / sharers
-    quantize_weight = _quantize_time(right, weight_elements // k, k, itemsize, rates)
-    int8 = rates.time_of(scaled_mm_work(m, n, k, itemsize), int8=True)
-    return rates.time_of(original) / (int8 + quantize_activation + quantize_weight)
+    weight_rows = math.prod(sizes(weight)[-2:]) // k
+    other_rows = m + n - weight_rows
 
-
-def _quantize_time(scaling: Scaling, rows: int, columns: int, itemsize: int, rates: DeviceRates) -> float:
-    if scaling is Scaling.TENSOR:
-        work = quantize_tensorwise_work(rows, columns, itemsize)
-        return work.bytes / rates.quantize + 2 * rates.call  # the absmax is a launch of its own
-    return quantize_rowwise_work(rows, columns, itemsize).bytes / rates.quantize + rates.call
+    original = Work(flops=2 * m * n * k, bytes=itemsize * (m * k + n * k + m * n))
+    multiply = scaled_mm_work(m, n, k, itemsize)
+    quantize_other = quantize_rowwise_work(other_rows, k, itemsize).bytes / rates.quantize + rates.kernel
+    # An operand with one scale is read twice, and its absmax is a kernel of its own.
+    weight_kernels = 2 if gemm.weight is Scaling.TENSOR else 1
+    quantize = quantize_tensorwise_work if gemm.weight is Scaling.TENSOR else quantize_rowwise_work
+    quantize_weight = quantize(weight_rows, k, itemsize).bytes / rates.quantize + weight_kernels * rates.kernel
+    return _Times(
+        original=max(original.flops / rates.matmul, original.bytes / rates.quantize) + rates.kernel,
+        int8=max(multiply.flops / rates.int8_matmul, multiply.bytes / rates.quantize)
+        + rates.kernel
+        + quantize_other / sharers
+        + quantize_weight,
+        original_host=rates.matmul_call,
+        int8_host=(1 + 1 / sharers + weight_kernels) * rates.quantize_call,
+    )
 
 
 def device_rates(device: torch.device, dtype: torch.dtype) -> DeviceRates:
@@ -94,7 +127,7 @@ def _device_key(device: torch.device, dtype: torch.dtype) -> str:
     else:
         name = f"{device.type} {torch.get_num_threads()} threads"
         precision = "highest"
-    return f"{name}, torch {torch.__version__}, {dtype}, float32 {precision}"
+    return f"{name}, torch {torch.__version__}, {dtype}, float32 {precision}, swcompile {source_fingerprint()[:16]}"
 
 
 @functools.cache
@@ -119,40 +152,60 @@ def _read(file: Path) -> dict[str, dict[str, float]]:
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> DeviceRates:
-    size = 4096 if device.type == "cuda" else 512
+    on_gpu = device.type == "cuda"
+    size = 4096 if on_gpu else 512
     rows = 8 * size
+    seconds = _gpu_seconds if on_gpu else _cpu_seconds
     autocast = torch.autocast(device.type, enabled=False)
-    with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng(_cuda_only(device)), autocast:
+    with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng([device] if on_gpu else []), autocast:
         x = torch.randn(rows, size, device=device, dtype=dtype)
         weight = torch.randn(size, size, device=device, dtype=dtype)
         q, scale = QUANTIZE_ROWWISE(x)
         weight_q, weight_scale = QUANTIZE_ROWWISE(weight)
-        matmul = _seconds(device, lambda: x @ weight)
-        int8 = _seconds(device, lambda: SCALED_MM(q, weight_q, scale, weight_scale, None, dtype))
-        quantize = _seconds(device, lambda: QUANTIZE_ROWWISE(x))
-        call = _seconds(device, lambda: QUANTIZE_ROWWISE(x[:1, :16]))
-    flops = 2 * rows * size * size
-    return DeviceRates(
-        matmul=flops / matmul,
-        int8_matmul=flops / int8,
-        quantize=quantize_rowwise_work(rows, size, dtype.itemsize).bytes / quantize,
-        call=call,
-    )
+        small, small_weight = x[:16, :16].contiguous(), weight[:16, :16].contiguous()
+        flops = 2 * rows * size * size
+        return DeviceRates(
+            matmul=flops / seconds(lambda: x @ weight),
+            int8_matmul=flops / seconds(lambda: SCALED_MM(q, weight_q, scale, weight_scale, None, dtype)),
+            quantize=quantize_rowwise_work(rows, size, dtype.itemsize).bytes / seconds(lambda: QUANTIZE_ROWWISE(x)),
+            kernel=seconds(lambda: QUANTIZE_ROWWISE(small)),
+            matmul_call=_host_seconds(lambda: small @ small_weight) if on_gpu else 0.0,
+            quantize_call=_host_seconds(lambda: QUANTIZE_ROWWISE(small)) if on_gpu else 0.0,
+        )
 
 
-def _cuda_only(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []
-
-
-def _seconds(device: torch.device, run: Callable[[], object]) -> float:
-    """The shortest of a few timings, host included: a matmul too small to hide its launch is slow for that reason."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+def _cpu_seconds(run: Callable[[], object]) -> float:
+    """The shortest of a few timings."""
     run()
     times = []
     for _ in range(5):
-        synchronize()
         start = time.perf_counter()
         run()
-        synchronize()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def _gpu_seconds(run: Callable[[], object], repeats: int = 20) -> float:
+    """Device time of a call among equals, all of them queued before the first one starts."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    run()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10_000_000)
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+def _host_seconds(run: Callable[[], object], repeats: int = 50) -> float:
+    """Host time of a call; the device is done sooner."""
+    run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    elapsed = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return elapsed / repeats

@@ -1,6 +1,7 @@
 """Runs passes over a graph, and checks after each one that the graph is legal. Prints graphs."""
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import time
@@ -128,6 +129,7 @@ _ORIGIN = (
 )
 
 
+@functools.cache
 def source_fingerprint() -> str:
     """A hash of every source file of this package: the part of a cache key that stands for our code."""
     digest = hashlib.sha256()

@@ -1,7 +1,6 @@
 """The interpreter for Triton kernels where there is no GPU, and the `gpu` marker."""
 
 import os
-
 from collections.abc import Iterator
 
 import pytest

@@ -11,7 +11,9 @@ from swcompile.kernels.dequantize import (
 )
 from swcompile.kernels.quantize_rowwise import quantize_rowwise
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernel runs in Triton's interpreter on the latter
+DEVICE = (
+    "cuda" if torch.cuda.is_available() else "cpu"
+)  # the kernel runs in Triton's interpreter on the latter
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -47,7 +49,9 @@ def test_the_product_is_cast_once():
 def test_kernel_equals_reference(dtype, shape, granularity):
     x_q = torch.randint(-127, 128, shape, dtype=torch.int8, device=DEVICE)
     rows, columns = shape
-    scale = torch.rand({"row": (rows, 1), "column": (1, columns), "tensor": (1, 1)}[granularity], device=DEVICE)
+    scale = torch.rand(
+        {"row": (rows, 1), "column": (1, columns), "tensor": (1, 1)}[granularity], device=DEVICE
+    )
     actual = dequantize_triton(x_q, scale, dtype)
     assert actual.dtype == dtype and actual.is_contiguous()
     assert torch.equal(actual, expected_of_kernel(x_q, scale, dtype))

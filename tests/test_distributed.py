@@ -58,7 +58,7 @@ def test_two_processes_equal_one(wrap: str, tmp_path: Path) -> None:
     expected = {f"blocks.{i}.{layer}.weight" for i in range(2) for layer in ("up", "down")}
     assert one["names"] == expected
     assert {str(name).removeprefix("module.") for name in left["names"]} == expected
-    assert (left["graphs"] > 1) == (wrap == "compile(ddp)")
+    assert left["graphs"] > 1
     for name, value in one["model"].items():
         assert torch.equal(left["model"][name], right["model"][name])
         # Rows are quantised one by one, so a half batch rounds as the whole does; sums run in another order, which

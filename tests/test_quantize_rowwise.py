@@ -14,7 +14,9 @@ from swcompile.kernels.quantize_rowwise import (
     quantize_rowwise_work,
 )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernel runs in Triton's interpreter on the latter
+DEVICE = (
+    "cuda" if torch.cuda.is_available() else "cpu"
+)  # the kernel runs in Triton's interpreter on the latter
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 IMPLEMENTATIONS = [quantize_rowwise_reference, quantize_rowwise_triton]
 
@@ -39,8 +41,10 @@ def test_rounding_table(quantize, dtype):
 
 
 @pytest.mark.parametrize("quantize", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("dtype", "exponents"), [(torch.bfloat16, (-90, 0, 110)), (torch.float16, (-14, 0, 8)),
-                                                  (torch.float32, (-90, 0, 120))])
+@pytest.mark.parametrize(
+    ("dtype", "exponents"),
+    [(torch.bfloat16, (-90, 0, 110)), (torch.float16, (-14, 0, 8)), (torch.float32, (-90, 0, 120))],
+)
 def test_representable_values_come_back_exactly(quantize, dtype, exponents):
     codes = torch.arange(-127, 128, device=DEVICE)
     x = torch.stack([codes * 2.0**exponent for exponent in exponents]).to(dtype)
@@ -51,16 +55,25 @@ def test_representable_values_come_back_exactly(quantize, dtype, exponents):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 # below, at and above what one warp takes of a row; sizes that fit no block; one that is read twice
-@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (3, 16), (7, 83), (9, 256), (5, 1280), (2, 3000), (2, 33000)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (5, 1), (3, 16), (7, 83), (9, 256), (5, 1280), (2, 3000), (2, 33000)]
+)
 def test_kernel_equals_reference(dtype, shape):
     torch.manual_seed(0)
     x = (torch.randn(shape) * torch.rand(shape[0], 1).mul(20).sub(10).exp2()).to(DEVICE, dtype)
     assert_same_bits(quantize_rowwise_triton(x), quantize_rowwise_reference(x))
 
 
-@pytest.mark.parametrize("view", [
-    lambda x: x[::2], lambda x: x[:, ::3], lambda x: x.t(), lambda x: x[:1].expand(6, -1), lambda x: x[:, 5:90],
-])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[::2],
+        lambda x: x[:, ::3],
+        lambda x: x.t(),
+        lambda x: x[:1].expand(6, -1),
+        lambda x: x[:, 5:90],
+    ],
+)
 def test_any_strides(view):
     x = view(torch.randn(12, 100, dtype=torch.bfloat16, device=DEVICE))
     assert_same_bits(quantize_rowwise_triton(x), quantize_rowwise_reference(x.clone()))
@@ -81,7 +94,9 @@ def test_error_is_half_a_step_at_most(dtype):
     x_q, scale = quantize_rowwise(x)
     assert torch.equal(scale, x.abs().amax(1, keepdim=True).float() / torch.tensor(127.0))
     error = (x_q * scale - x.float()).abs() / scale
-    assert 0.45 < error.max() <= 0.5 + 127 * 2**-23  # the last term: rounding of the reciprocal, product and scale
+    assert (
+        0.45 < error.max() <= 0.5 + 127 * 2**-23
+    )  # the last term: rounding of the reciprocal, product and scale
     assert x_q.abs().amax(1).eq(127).all()
 
 
@@ -103,8 +118,10 @@ def test_not_finite_row_gets_scale_nan(quantize, dtype, poison, column):
     x[1, column] = poison
     x_q, scale = (t.cpu() for t in quantize(x.to(DEVICE)))
     assert scale[1].isnan() and x_q[1].eq(0).all()
-    assert_same_bits((x_q[::2].contiguous(), scale[::2].contiguous()),
-                     (clean[0][::2].contiguous(), clean[1][::2].contiguous()))
+    assert_same_bits(
+        (x_q[::2].contiguous(), scale[::2].contiguous()),
+        (clean[0][::2].contiguous(), clean[1][::2].contiguous()),
+    )
 
 
 @pytest.mark.parametrize("quantize", IMPLEMENTATIONS)
@@ -157,9 +174,18 @@ def test_work():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(32768, 1280), (8192, 4096), (8192, 5120), (2048, 16384), (100, 50000), (777, 1111)])
-def test_large(dtype, shape):
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((32768, 1280), torch.bfloat16),
+        ((8192, 4096), torch.float16),
+        ((8192, 5120), torch.bfloat16),
+        ((2048, 16384), torch.float32),
+        ((100, 50000), torch.bfloat16),
+        ((777, 1111), torch.float32),
+    ],
+)
+def test_large(shape, dtype):
     x = torch.randn(shape, device="cuda").mul_(torch.rand(shape[0], 1, device="cuda")).to(dtype)
     assert_same_bits(quantize_rowwise(x), quantize_rowwise_reference(x))
 

@@ -18,16 +18,21 @@ from swcompile.kernels.scaled_mm_kernels import (
     TMA_CANDIDATES,
     WGMMA_CANDIDATES,
     MatmulConfig,
-    candidates,
     fits_copy_engine,
     has_wgmma,
     launch,
 )
+from swcompile.kernels.tuning import num_tunings
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernels run in Triton's interpreter on the latter
+DEVICE = (
+    "cuda" if torch.cuda.is_available() else "cpu"
+)  # the kernels run in Triton's interpreter on the latter
 IMPLEMENTATIONS = [scaled_mm_reference, scaled_mm_triton]
 # the copy engine's kernel wants K and a row of the output to be multiples of 16 bytes: 1 to 3 are not, the rest are
 SHAPES = [(1, 1, 1), (3, 5, 7), (130, 70, 100), (17, 16, 16), (70, 144, 160), (150, 272, 48)]
+
+
+CONFIGS = [*WGMMA_CANDIDATES, *TMA_CANDIDATES, *POINTER_CANDIDATES]
 
 
 def random_operands(
@@ -99,32 +104,14 @@ def test_kernels_equal_reference(shape, per_column, bias_dtype, out_dtype):
     assert torch.equal(actual, expected_of_kernel(*operands, bias, out_dtype))
 
 
-@pytest.mark.parametrize("config", [*WGMMA_CANDIDATES, *TMA_CANDIDATES, *POINTER_CANDIDATES])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_every_configuration_gives_the_same_bits(config):
     operands = random_operands(70, 272, 144, per_column=True)
-    bias = torch.randn(272, device=DEVICE)
-    expected = scaled_mm_reference(*operands, bias, torch.float32)
-    out = torch.full_like(expected, torch.nan)
+    arguments = (*operands, torch.randn(272, device=DEVICE), torch.bfloat16)
+    out = torch.full((70, 272), torch.nan, dtype=torch.bfloat16, device=DEVICE)
     skip_unless_it_runs_here(config, *operands[:2], out)
-    launch(config, *operands, bias, out)
-    assert torch.equal(out, expected)
-
-
-def test_candidates():
-    assert all(0 < len(configs) <= 8 for configs in (WGMMA_CANDIDATES, TMA_CANDIDATES, POINTER_CANDIDATES))
-    device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu")
-    assert {config.kernel for config in candidates(device, copies_fit=False)} == {"pointers"}
-    assert ("wgmma" in {config.kernel for config in candidates(device, copies_fit=True)}) == has_wgmma(device)
-
-
-def test_the_copy_engine_wants_multiples_of_16_bytes():
-    out = torch.empty(4, 8, dtype=torch.bfloat16, device=DEVICE)
-    sizes = ((8, 8), (16, 4), (16, 8))  # K, N
-    fits = [fits_copy_engine(*random_operands(4, 8, k)[:2], out[:, :n]) for k, n in sizes]
-    has_engine = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
-    assert fits == [False, False, has_engine]
-    unaligned = torch.zeros(4 * 16 + 1, dtype=torch.int8, device=DEVICE)[1:].view(4, 16)
-    assert not fits_copy_engine(unaligned, unaligned, out)
+    launch(config, *arguments[:-1], out)
+    assert torch.equal(out, expected_of_kernel(*arguments))
 
 
 @pytest.mark.parametrize("function", IMPLEMENTATIONS)
@@ -132,7 +119,9 @@ def test_operands_that_are_not_contiguous(function):
     a_q, b_q, scale_a, scale_b = random_operands(32, 48, 64, per_column=True)
     expected = scaled_mm_reference(a_q, b_q, scale_a, scale_b, None, torch.float32)
     strided = torch.stack([scale_a, scale_a], 1)[:, 0]
-    actual = function(a_q.t().contiguous().t(), b_q.repeat(1, 2)[:, :64], strided, scale_b, None, torch.float32)
+    actual = function(
+        a_q.t().contiguous().t(), b_q.repeat(1, 2)[:, :64], strided, scale_b, None, torch.float32
+    )
     assert torch.equal(actual, expected)
 
 
@@ -179,21 +168,30 @@ def test_cpu_with_and_without_int8_instructions(monkeypatch, num_summed):
         assert torch.equal(scaled_mm_reference(a_q, b_q, scale_a, scale_b, None, torch.float32), exact)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"a_q": torch.zeros(4, 8)}, "must be int8"),
-    ({"b_q": torch.zeros(6, 9, dtype=torch.int8)}, "K=8, but b_q over 9"),
-    ({"scale_a": torch.ones(4)}, "must have 2 dimensions"),
-    ({"scale_a": torch.ones(1, 4)}, r"scale_a is \(1, 4\), but must be \(4, 1\)"),
-    ({"scale_a": torch.ones(4, 1).half()}, "scales must be float32"),
-    ({"scale_b": torch.ones(4, 1)}, r"scale_b is \(4, 1\), but must be \(1, 1\) or \(6, 1\)"),
-    ({"bias": torch.ones(5)}, "bias has 5 elements for 6 columns"),
-    ({"bias": torch.ones(6, dtype=torch.int32)}, "bias must be floating point"),
-    ({"out_dtype": torch.int32}, "out_dtype is torch.int32"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a_q": torch.zeros(4, 8)}, "must be int8"),
+        ({"b_q": torch.zeros(6, 9, dtype=torch.int8)}, "K=8, but b_q over 9"),
+        ({"scale_a": torch.ones(4)}, "must have 2 dimensions"),
+        ({"scale_a": torch.ones(1, 4)}, r"scale_a is \(1, 4\), but must be \(4, 1\)"),
+        ({"scale_a": torch.ones(4, 1).half()}, "scales must be float32"),
+        ({"scale_b": torch.ones(4, 1)}, r"scale_b is \(4, 1\), but must be \(1, 1\) or \(6, 1\)"),
+        ({"bias": torch.ones(5)}, "bias has 5 elements for 6 columns"),
+        ({"bias": torch.ones(6, dtype=torch.int32)}, "bias must be floating point"),
+        ({"out_dtype": torch.int32}, "out_dtype is torch.int32"),
+    ],
+)
 @pytest.mark.parametrize("function", [scaled_mm, *IMPLEMENTATIONS])
 def test_user_errors(function, change, message):
-    arguments = {"a_q": torch.zeros(4, 8, dtype=torch.int8), "b_q": torch.zeros(6, 8, dtype=torch.int8),
-                 "scale_a": torch.ones(4, 1), "scale_b": torch.ones(1, 1), "bias": None, "out_dtype": torch.float32}
+    arguments = {
+        "a_q": torch.zeros(4, 8, dtype=torch.int8),
+        "b_q": torch.zeros(6, 8, dtype=torch.int8),
+        "scale_a": torch.ones(4, 1),
+        "scale_b": torch.ones(1, 1),
+        "bias": None,
+        "out_dtype": torch.float32,
+    }
     with pytest.raises(ValueError, match=message):
         function(*(arguments | change).values())
 
@@ -202,7 +200,9 @@ def test_user_errors(function, change, message):
 @pytest.mark.parametrize("bias", [None, torch.randn(16)])
 def test_opcheck(per_column, bias):
     bias = None if bias is None else bias.to(DEVICE)
-    torch.library.opcheck(SCALED_MM, (*random_operands(5, 16, 32, per_column=per_column), bias, torch.bfloat16))
+    torch.library.opcheck(
+        SCALED_MM, (*random_operands(5, 16, 32, per_column=per_column), bias, torch.bfloat16)
+    )
 
 
 def test_work():
@@ -211,28 +211,62 @@ def test_work():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(1, 1280, 1280), (64, 4096, 4096), (4113, 1280, 5120), (8192, 3840, 1280), (1000, 999, 1001)])
-@pytest.mark.parametrize("per_column", [False, True])
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_large(shape, per_column, has_bias, out_dtype):
-    operands = random_operands(*shape, per_column=per_column)
-    bias = torch.randn(shape[1], device="cuda", dtype=torch.bfloat16) if has_bias else None
-    assert torch.equal(scaled_mm(*operands, bias, out_dtype), scaled_mm_reference(*operands, bias, out_dtype))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("config", [*WGMMA_CANDIDATES, *TMA_CANDIDATES, *POINTER_CANDIDATES])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_every_configuration_on_many_tiles(config):
     # several tiles a program, partial tiles at both edges, and a K that is no multiple of a step
     operands = random_operands(5000, 2064, 1360, per_column=True)
-    expected = scaled_mm_reference(*operands, None, torch.bfloat16)
+    bias = torch.randn(2064, device=DEVICE)
+    expected = scaled_mm_reference(*operands, bias, torch.bfloat16)
     out = torch.empty_like(expected)
     skip_unless_it_runs_here(config, *operands[:2], out)
     for _ in range(20):  # a race between copies and multiplications need not show at once
         out.fill_(torch.nan)
-        launch(config, *operands, None, out)
+        launch(config, *operands, bias, out)
         assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+# of each kernel one that has room for a float32 tile of the output
+@pytest.mark.parametrize(
+    "config",
+    [
+        MatmulConfig("wgmma", 128, 128, 128, 4, 5, lead=2),
+        TMA_CANDIDATES[0],
+        POINTER_CANDIDATES[0],
+    ],
+)
+@pytest.mark.parametrize("per_column", [False, True])
+@pytest.mark.parametrize(
+    ("bias_dtype", "out_dtype"),
+    [(None, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.float16, torch.float32)],
+)
+def test_large(config, per_column, bias_dtype, out_dtype):
+    for shape in (
+        (1, 1280, 1280),
+        (64, 4096, 4096),
+        (4113, 1280, 5120),
+        (8192, 3840, 1280),
+        (1000, 999, 1001),
+    ):
+        operands = random_operands(*shape, per_column=per_column)
+        bias = None if bias_dtype is None else torch.randn(shape[1], device=DEVICE).to(bias_dtype)
+        expected = scaled_mm_reference(*operands, bias, out_dtype)
+        out = torch.full_like(expected, torch.nan)
+        if config.kernel == "pointers" or fits_copy_engine(*operands[:2], out):
+            skip_unless_it_runs_here(config, *operands[:2], out)
+            launch(config, *operands, bias, out)
+            assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4113, 1280, 5120), (1000, 999, 1001)])
+def test_op_on_cuda(shape):
+    operands = random_operands(*shape)
+    expected = scaled_mm_reference(*operands, None, torch.bfloat16)
+    assert torch.equal(scaled_mm(*operands, None, torch.bfloat16), expected)
+    before = num_tunings()
+    assert torch.equal(scaled_mm(*operands, None, torch.bfloat16), expected)
+    assert num_tunings() == before
 
 
 @pytest.mark.gpu

@@ -62,7 +62,17 @@ def cache_files(tmp_path):
 
 
 def test_bucket():
-    assert [bucket(size) for size in (0, 1, 2, 3, 4, 5, 1000, 1024, 1025)] == [1, 1, 2, 4, 4, 8, 1024, 1024, 2048]
+    assert [bucket(size) for size in (0, 1, 2, 3, 4, 5, 1000, 1024, 1025)] == [
+        1,
+        1,
+        2,
+        4,
+        4,
+        8,
+        1024,
+        1024,
+        2048,
+    ]
 
 
 def test_times_once_and_remembers():

@@ -2,16 +2,15 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from operator import getitem
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from swcompile import graph as facts
-from swcompile.cost import predict_speedup
+from swcompile.cost import Candidate, predict_speedups
 from swcompile.graph import Matmul
 from swcompile.kernels.quantize_columnwise import QUANTIZE_COLUMNWISE_TRANSPOSE
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
@@ -31,15 +30,12 @@ _QUANTIZERS = {
 }
 """(scaling, whether the operand lies transposed in memory) -> op. All give [outer, contracted], contiguous."""
 
-class Predict(Protocol):
-    """Predicts how many times as fast a matmul would be, `sharers` of which read the same activation."""
-
-    def __call__(self, matmul: Matmul, gemm: GemmFormat, *, sharers: int) -> float: ...
-
+Predict = Callable[[Sequence[Candidate]], list[float]]
+"""The candidates of a graph -> how many times as fast each would be."""
 
 
 def quantize_matmuls(
-    graph: fx.Graph, *, recipe: Recipe, is_whole: bool = True, predict: Predict = predict_speedup
+    graph: fx.Graph, *, recipe: Recipe, is_whole: bool = True, predict: Predict = predict_speedups
 ) -> PassResult:
     """Rewrite ``mm(x, w)`` to ``scaled_mm(quantize(x), quantize(w))`` where the recipe asks for it. Changes numerics.
 
@@ -62,18 +58,29 @@ def quantize_matmuls(
         graph: a joint or inference graph whose parameters are known (`swcompile.graph.parameters`).
         recipe: which matmul in which format.
         is_whole: the graph ends where the model does; one that ends at a graph break has no last matmul to spare.
-        predict: predicts the speed-up where ``recipe.skip_slower``.
+        predict: predicts the speed-ups where ``recipe.skip_slower``.
     """
     found = facts.matmuls(graph)
     heads = facts.heads(graph, found) if is_whole else set()
-    sharing = Counter(_activation_key(matmul) for matmul in found if recipe.format_of(matmul.role))
+    decisions = [_decide(matmul, recipe, heads) for matmul in found]
+    wanted = [matmul for matmul, decision in zip(found, decisions, strict=True) if _is_new(matmul, decision)]
+    sharing = Counter(_activation_key(matmul) for matmul in wanted)
+    candidates = []
+    for matmul in wanted:
+        gemm = recipe.format_of(matmul.role)
+        assert gemm is not None
+        candidates.append(Candidate(matmul, gemm, sharing[_activation_key(matmul)]))
+    speedups = predict(candidates) if recipe.skip_slower else [None] * len(candidates)
+    predicted = {c.matmul.node: speedup for c, speedup in zip(candidates, speedups, strict=True)}
+
     rewriter = _Rewriter(graph, backward=facts.backward_nodes(graph), names=facts.parameters(graph))
     result = PassResult()
-    for matmul in found:
-        sharers = sharing[_activation_key(matmul)]
-        decision = _decide(matmul, recipe, heads, partial(predict, sharers=sharers))
+    for matmul, decision in zip(found, decisions, strict=True):
+        speedup = predicted.get(matmul.node)
+        if speedup is not None:
+            decision = _weigh(decision, speedup, asked=recipe.included_by(decision.parameter or ""))
         result.decisions.append(decision)
-        if decision.rewritten and not matmul.is_int8:
+        if _is_new(matmul, decision):
             gemm = recipe.format_of(matmul.role)
             assert gemm is not None
             rewriter.rewrite(matmul, gemm)
@@ -81,10 +88,20 @@ def quantize_matmuls(
     return result
 
 
-def _decide(
-    matmul: Matmul, recipe: Recipe, heads: set[str], predict: Callable[[Matmul, GemmFormat], float]
-) -> Decision:
-    """Whether to rewrite a matmul, and the reason, with the number that decided."""
+def _is_new(matmul: Matmul, decision: Decision) -> bool:
+    return decision.rewritten and not matmul.is_int8
+
+
+def _weigh(decision: Decision, speedup: float, *, asked: bool) -> Decision:
+    """Take a decision back where int8 would be slower."""
+    if speedup >= 1:
+        return dataclasses.replace(decision, speedup=speedup)
+    reason = f"int8 would be slower: predicted {speedup:.2f} times as fast"
+    return dataclasses.replace(decision, rewritten=False, reason=reason, speedup=speedup, violation=asked)
+
+
+def _decide(matmul: Matmul, recipe: Recipe, heads: set[str]) -> Decision:
+    """Whether the recipe rewrites a matmul, whatever the cost, and the reason, with the number that decided."""
     value = matmul.node.meta["val"]
     kept = Decision(
         node=matmul.node.name,
@@ -115,13 +132,7 @@ def _decide(
     impossible = _impossible(matmul)
     if impossible:
         return dataclasses.replace(kept, reason=impossible, violation=True)
-    if not recipe.skip_slower:
-        return dataclasses.replace(kept, rewritten=True, reason=_describe(gemm))
-    speedup = predict(matmul, gemm)
-    if speedup < 1.0:
-        reason = f"int8 would be slower: predicted {speedup:.2f} times as fast"
-        return dataclasses.replace(kept, reason=reason, speedup=speedup, violation=asked)
-    return dataclasses.replace(kept, rewritten=True, reason=_describe(gemm), speedup=speedup)
+    return dataclasses.replace(kept, rewritten=True, reason=_describe(gemm))
 
 
 def _impossible(matmul: Matmul) -> str:
@@ -285,7 +296,8 @@ class _Rewriter:
         while chain:
             view = chain.pop()
             if view.target not in facts.CASTS:
-                source = emit(self.graph, view.target, source, *view.args[1:], like=like, **view.kwargs)
+                keywords: dict[str, Any] = dict(view.kwargs)
+                source = emit(self.graph, view.target, source, *view.args[1:], like=like, **keywords)
         return source
 
     def _transpose(self, matrix: fx.Node, like: fx.Node) -> fx.Node:

@@ -1,12 +1,41 @@
-"""The Gluon kernel, compiled for Hopper without one: that this Triton still has what it needs, and overlaps."""
+"""Which kernels of scaled_mm can be chosen where; and the Gluon kernel, compiled for Hopper without one."""
 
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+
+from swcompile.kernels.scaled_mm_kernels import (  # noqa: E402
+    POINTER_CANDIDATES,
+    TMA_CANDIDATES,
+    WGMMA_CANDIDATES,
+    candidates,
+    fits_copy_engine,
+    has_wgmma,
+)
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def test_candidates():
+    assert all(0 < len(configs) <= 8 for configs in (WGMMA_CANDIDATES, TMA_CANDIDATES, POINTER_CANDIDATES))
+    assert {config.kernel for config in candidates(DEVICE, copies_fit=False)} == {"pointers"}
+    assert ("wgmma" in {config.kernel for config in candidates(DEVICE, copies_fit=True)}) == has_wgmma(DEVICE)
+
+
+def test_the_copy_engine_wants_multiples_of_16_bytes():
+    has_engine = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
+    for num_summed, num_columns, fits in ((8, 8, False), (16, 4, False), (16, 8, has_engine)):
+        a_q = torch.zeros(4, num_summed, dtype=torch.int8, device=DEVICE)
+        out = torch.empty(4, num_columns, dtype=torch.bfloat16, device=DEVICE)
+        assert fits_copy_engine(a_q, a_q, out) == fits
+    unaligned = torch.zeros(4 * 16 + 1, dtype=torch.int8, device=DEVICE)[1:].view(4, 16)
+    assert not fits_copy_engine(unaligned, unaligned, out)
+
 
 # A process of its own: the interpreter, where it is on, replaces parts of Triton's language.
 PROGRAM = """
@@ -51,5 +80,6 @@ print("compiled")
 
 def test_compiles_for_hopper_with_overlapping_multiplications():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert "compiled" in done.stdout, done.stderr

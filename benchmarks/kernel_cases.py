@@ -1,0 +1,188 @@
+"""The shapes on which kernels are measured, and the configurations to measure beside those that they list."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from swcompile.kernels import dequantize, quantize_columnwise, quantize_rowwise, quantize_tensorwise, scaled_mm
+from swcompile.kernels.library import Work
+from swcompile.kernels.quantize_rowwise import RowwiseConfig
+from swcompile.kernels.quantize_tensorwise import TileConfig
+from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_copy_engine, launch
+
+TOKENS = 32768
+WEIGHTS = [(1280, 5120), (5120, 1280), (4096, 4096), (4096, 16384)]
+LAYERS = [
+    (1280, 3840),
+    (1280, 1280),
+    (1280, 5120),
+    (5120, 1280),
+    (2048, 8192),
+    (4096, 4096),
+    (4096, 16384),
+    (16384, 4096),
+]
+"""in features -> out features"""
+ROTATION_BYTES = 200_000_000
+"""Operands of successive calls together: more than the 50 to 60 MB of L2 cache that a large GPU has."""
+GEMM, MEMORY = "TOP/s", "GB/s"
+EXTRA_CONFIGS: dict[str, list[Any]] = {
+    "quantize_rowwise": [
+        RowwiseConfig(1, 4, 3),
+        RowwiseConfig(1, 8, 2),
+        RowwiseConfig(2, 8, 3),
+        RowwiseConfig(1, 2),
+    ],
+    "quantize_tensorwise": [
+        TileConfig(64, 256, 8),
+        TileConfig(256, 64, 8),
+        TileConfig(32, 128, 4),
+        TileConfig(128, 256, 8),
+    ],
+    "scaled_mm": [
+        MatmulConfig("wgmma", 128, 256, 64, 4, 8, num_stores=2, lead=2),
+        MatmulConfig("wgmma", 128, 256, 64, 4, 8, num_stores=2, lead=0),
+        MatmulConfig("wgmma", 128, 256, 64, 4, 8, group_rows=16, num_stores=2, lead=4),
+        MatmulConfig("wgmma", 128, 256, 128, 4, 4, num_stores=2, lead=1),
+        MatmulConfig("wgmma", 128, 256, 128, 4, 3, num_stores=1, lead=1),
+        MatmulConfig("wgmma", 256, 128, 128, 4, 4, num_stores=2, lead=1),
+        MatmulConfig("wgmma", 256, 128, 64, 4, 8, num_stores=2, lead=4),
+        MatmulConfig("tma", 128, 256, 128, 8, 4, group_rows=16, num_stores=2),
+        MatmulConfig("tma", 128, 256, 64, 8, 6, num_stores=2),
+        MatmulConfig("pointers", 128, 256, 128, 8, 4),
+        MatmulConfig("pointers", 256, 128, 128, 8, 4),
+    ],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One op on one shape."""
+
+    op: str
+    shape: str
+    work: Work
+    unit: str
+    operands: list[tuple[Any, ...]]
+    """Sets of arguments to rotate through."""
+    run: Callable[..., Any]
+    tuner: Any = None
+    candidates: Sequence[Any] = ()
+    launch: Callable[..., Any] | None = None
+    """(config, *arguments): run in one configuration."""
+
+    def rate(self, ms: float) -> float:
+        """In the case's unit."""
+        return self.work.flops / ms / 1e9 if self.unit == GEMM else self.work.bytes / ms / 1e6
+
+
+def rotated(make: Callable[[], tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """As many results of `make` as exceed the L2 cache together, two at least."""
+    first = make()
+    size = sum(t.nbytes for t in first if isinstance(t, torch.Tensor))
+    return [first, *(make() for _ in range(min(max(1, ROTATION_BYTES // size), 16)))]
+
+
+def normal(*shape: int) -> tuple[torch.Tensor]:
+    """A bf16 activation, gradient or weight."""
+    return (torch.randn(shape, device="cuda", dtype=torch.bfloat16),)
+
+
+def quantizer_cases(only: str) -> Iterable[Case]:
+    """Every quantiser whose name contains `only` on the shapes of real layers, and the way back."""
+    row, tensor, column = quantize_rowwise, quantize_tensorwise, quantize_columnwise
+
+    def case(
+        op: str, shape: tuple[int, int], work: Work, operands: Callable[[], Any], **tuned: Any
+    ) -> Iterable[Case]:
+        if only in op:
+            run = getattr(torch.ops.swcompile, op).default
+            label = "{} x {}".format(*shape)
+            yield Case(
+                op=op, shape=label, work=work, unit=MEMORY, operands=rotated(operands), run=run, **tuned
+            )
+
+    for width in (1280, 4096, 5120, 16384):
+        shape = (TOKENS, width)
+        tuned: dict[str, Any] = {
+            "tuner": row.TUNER,
+            "candidates": row.candidates(width),
+            "launch": _launch_rowwise,
+        }
+        yield from case(
+            "quantize_rowwise", shape, row.quantize_rowwise_work(*shape, 2), partial(normal, *shape), **tuned
+        )
+    for shape in WEIGHTS:
+        for suffix in ("", "_transpose", "_both"):
+            run = partial(_launch_tensorwise, same=suffix != "_transpose", transposed=suffix != "")
+            tuned = {"tuner": tensor.TUNER, "candidates": tensor.CANDIDATES, "launch": run}
+            work = tensor.quantize_tensorwise_work(*shape, 2, num_outputs=1 + (suffix == "_both"))
+            yield from case("quantize_tensorwise" + suffix, shape, work, partial(normal, *shape), **tuned)
+    for shape in [*WEIGHTS, (TOKENS, 1280), (TOKENS, 5120)]:
+        tuned = {"tuner": column.TUNER, "candidates": column.CANDIDATES, "launch": _launch_columnwise}
+        work = column.quantize_columnwise_transpose_work(*shape, 2)
+        yield from case("quantize_columnwise_transpose", shape, work, partial(normal, *shape), **tuned)
+    for width in (1280, 5120):
+        work = dequantize.dequantize_work(TOKENS, width, 2, num_scales=TOKENS)
+        operands = partial(lambda width: (*quantized(TOKENS, width), torch.bfloat16), width)
+        yield from case("dequantize", (TOKENS, width), work, operands)
+
+
+def _launch_rowwise(config: RowwiseConfig, x: torch.Tensor) -> None:
+    quantize_rowwise.launch(
+        config, x, torch.empty_like(x, dtype=torch.int8), torch.empty(len(x), device="cuda")
+    )
+
+
+def _launch_tensorwise(config: TileConfig, x: torch.Tensor, *, same: bool, transposed: bool) -> None:
+    partial_P = torch.empty(quantize_tensorwise.MAX_PARTIALS, dtype=torch.int32, device="cuda")
+    outputs = (torch.empty(shape, dtype=torch.int8, device="cuda") for shape in (x.shape, x.t().shape))
+    x_q, x_q_t = (
+        output if wanted else None for output, wanted in zip(outputs, (same, transposed), strict=True)
+    )
+    quantize_tensorwise.launch(config, x, partial_P, x_q, x_q_t, torch.empty((1, 1), device="cuda"))
+
+
+def _launch_columnwise(config: Any, x: torch.Tensor) -> None:
+    num_columns = x.shape[1]
+    partial_PK = torch.empty(
+        (quantize_columnwise.MAX_PARTIALS, num_columns), dtype=torch.int32, device="cuda"
+    )
+    x_q = torch.empty(x.t().shape, dtype=torch.int8, device="cuda")
+    quantize_columnwise.launch(config, x, partial_PK, x_q, torch.empty((num_columns, 1), device="cuda"))
+
+
+def quantized(num_rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return quantize_rowwise.quantize_rowwise(*normal(num_rows, width))
+
+
+def _launch_matmul(config: MatmulConfig, *arguments: Any, out: torch.Tensor) -> None:
+    a_q, b_q, scale_a, scale_b, bias, _ = arguments
+    launch(config, a_q, b_q, scale_a, scale_b, bias, out)
+
+
+def matmul_cases(num_rows: int, only: str) -> Iterable[Case]:
+    """The forward matmul of linear layers, on quantised normal data."""
+    for num_summed, num_columns in LAYERS if only in "scaled_mm" else []:
+
+        def operands(num_summed: int = num_summed, num_columns: int = num_columns) -> tuple[Any, ...]:
+            a_q, scale_a = quantized(num_rows, num_summed)
+            b_q, scale_b = quantize_tensorwise.quantize_tensorwise(*normal(num_columns, num_summed))
+            return a_q, b_q, scale_a, scale_b, None, torch.bfloat16
+
+        sets = rotated(operands)
+        out = torch.empty((num_rows, num_columns), dtype=torch.bfloat16, device="cuda")
+        yield Case(
+            op="scaled_mm",
+            shape=f"{num_rows}: {num_summed} -> {num_columns}",
+            work=scaled_mm.scaled_mm_work(num_rows, num_columns, num_summed, 2),
+            unit=GEMM,
+            operands=sets,
+            run=scaled_mm.SCALED_MM,
+            tuner=scaled_mm.TUNER,
+            candidates=candidates(out.device, fits_copy_engine(sets[0][0], sets[0][1], out)),
+            launch=partial(_launch_matmul, out=out),
+        )
