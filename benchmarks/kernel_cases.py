@@ -6,8 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-
-from swcompile.kernels import dequantize, quantize_columnwise, quantize_rowwise, quantize_tensorwise, scaled_mm
+from swcompile.kernels import (
+    dequantize,
+    quantize_columnwise,
+    quantize_rowwise,
+    quantize_tensorwise,
+    scaled_mm,
+)
 from swcompile.kernels.library import Work
 from swcompile.kernels.quantize_rowwise import RowwiseConfig
 from swcompile.kernels.quantize_tensorwise import TileConfig

@@ -10,28 +10,29 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, cycle, islice, pairwise
 from typing import Any
 
 import torch
-from reporting import header, markdown_table, write
-from swcompile.kernels import (
-    dequantize,
-    quantize_columnwise,
-    quantize_rowwise,
-    quantize_tensorwise,
-    scaled_mm,
+from kernel_cases import (
+    EXTRA_CONFIGS,
+    GEMM,
+    MEMORY,
+    TOKENS,
+    Case,
+    matmul_cases,
+    normal,
+    quantized,
+    quantizer_cases,
 )
-from swcompile.kernels.library import Work
-from swcompile.kernels.quantize_rowwise import RowwiseConfig
-from swcompile.kernels.quantize_tensorwise import TileConfig
-from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_copy_engine, launch
+from reporting import header, markdown_table, write
+from swcompile.kernels.scaled_mm_kernels import MatmulConfig
 from triton.errors import TritonError
 
 # Run as a program from this folder, this file is what a probe for a module named `kernels` finds (transformers).
 __version__ = "0.0.0"
+
 
 def median_ms(calls: Sequence[Callable[[], Any]], *, num_samples: int = 30) -> float:
     """Median time of a call, taking turns among `calls`, once all are queued: launching is not timed."""
@@ -160,7 +161,11 @@ def main() -> None:
         rows.append(measure(case, copy))
         print(rows[-1], flush=True)
         if arguments.all_configs and case.launch is not None:
-            extra = EXTRA_CONFIGS.get(case.op, []) if arguments.extra_configs else []
+            extra = (
+                EXTRA_CONFIGS.get(case.op.removesuffix("_transpose").removesuffix("_both"), [])
+                if arguments.extra_configs
+                else []
+            )
             extra = extra + (arguments.config if case.op == "scaled_mm" else [])
             measured.append((case, measure_configs(case, extra, copy)))
             print(measured[-1][1], flush=True)

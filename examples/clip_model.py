@@ -57,7 +57,7 @@ SIZES = {
         image_size=32,
         patch_size=8,
         batch_size=128,
-        num_steps=400,
+        num_steps=300,
         learning_rate=1e-3,
     ),
     "small": ClipSize(

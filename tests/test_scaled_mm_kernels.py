@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from swcompile.kernels.scaled_mm_kernels import (  # noqa: E402
+from swcompile.kernels.scaled_mm_kernels import (
     POINTER_CANDIDATES,
     TMA_CANDIDATES,
     WGMMA_CANDIDATES,

@@ -2,6 +2,7 @@
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from swcompile import graph as facts
 from swcompile.kernels.dequantize import DEQUANTIZE
@@ -51,6 +52,9 @@ def save_int8_activations(graph: fx.Graph) -> PassResult:
         with graph.inserting_before(matmul.node):
             dtype = source.meta["val"].dtype
             q, scale = sorted(pair.users, key=lambda item: item.args[1])
+            if _is_saved_anyway(source, matmul.node, backward):
+                for node in (pair, q, scale):
+                    node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
             x = emit(graph, DEQUANTIZE, q, scale, dtype, like=matmul.node, only_in_backward=True)
             if transposed:
                 x = emit(graph, aten.permute.default, x, [1, 0], like=matmul.node)
@@ -58,6 +62,20 @@ def save_int8_activations(graph: fx.Graph) -> PassResult:
         result.rewrites += 1
         result.notes[matmul.node.name] = "reads the int8 activation"
     return result
+
+
+def _is_saved_anyway(source: fx.Node, reader: fx.Node, backward: set[fx.Node]) -> bool:
+    """Whether something else in the backward reads the memory of `source`."""
+    while source.op == "call_function" and source.target in facts.ALIASES:
+        (source, *_) = source.all_input_nodes
+    pending = [source]
+    while pending:
+        for user in pending.pop().users:
+            if user in backward and user is not reader:
+                return True
+            if user.target in facts.ALIASES:
+                pending.append(user)
+    return False
 
 
 def _untransposed(operand: fx.Node) -> tuple[fx.Node, bool]:
