@@ -21,7 +21,7 @@ lint: $(ready)
 	$(RUN) -m mypy
 
 bench: $(ready)
-	$(RUN) benchmarks/kernels.py
+	$(RUN) benchmarks/kernel_speed.py
 	$(RUN) benchmarks/train_step.py
 
 docs: $(ready)

@@ -2,6 +2,7 @@
 """int8 back to a floating dtype. Shapes: M rows, K columns; the scale is [M, 1], [1, K] or [1, 1]."""
 
 import torch
+
 from swcompile.kernels.int8 import with_unit_inner_stride
 from swcompile.kernels.launch import tl, triton
 from swcompile.kernels.library import Work, define_op

@@ -14,6 +14,7 @@ depends on subnormals, which some devices flush: an x below 2^-107 gives 0 eithe
 """
 
 import torch
+
 from swcompile.kernels.formats import INT8
 from swcompile.kernels.launch import tl, triton
 

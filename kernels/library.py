@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
+
 from swcompile.kernels.launch import require_supported_gpu
 
 LIBRARY = torch.library.Library("swcompile", "DEF")

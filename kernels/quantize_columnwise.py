@@ -4,6 +4,7 @@
 from typing import NamedTuple
 
 import torch
+
 from swcompile.kernels import int8
 from swcompile.kernels.int8 import (
     check_quantizer_input,

@@ -7,6 +7,7 @@ Shapes: N rows (out features), K columns (in features); R rows and C columns in 
 from typing import NamedTuple
 
 import torch
+
 from swcompile.kernels import int8
 from swcompile.kernels.int8 import (
     absmax_reference,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
 from swcompile.kernels import scaled_mm_kernels
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_copy_engine, launch

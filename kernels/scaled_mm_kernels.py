@@ -9,6 +9,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+
 from swcompile.kernels.launch import INTERPRETED, device_facts, tl, triton
 
 
@@ -34,16 +35,17 @@ class MatmulConfig(NamedTuple):
     """ "wgmma" only: steps by which one half of the tile goes ahead of the other."""
 
 
-WGMMA_CANDIDATES = [
-    MatmulConfig("wgmma", 128, 256, 64, 4, 8, num_stores=2, lead=4),
-    MatmulConfig("wgmma", 128, 256, 64, 4, 6, num_stores=1, lead=3),
-    MatmulConfig("wgmma", 128, 256, 128, 4, 4, num_stores=2, lead=2),
+HOPPER_CANDIDATES = [
     MatmulConfig("wgmma", 128, 256, 128, 4, 4, num_stores=2, lead=0),
-    MatmulConfig("wgmma", 256, 128, 128, 4, 4, num_stores=2, lead=2),
-    MatmulConfig("wgmma", 256, 128, 64, 4, 6, num_stores=1, lead=3),
+    MatmulConfig("wgmma", 128, 256, 64, 4, 6, num_stores=1, lead=3),
+    MatmulConfig("wgmma", 256, 128, 128, 4, 4, num_stores=2, lead=1),
     MatmulConfig("wgmma", 128, 128, 128, 4, 5, num_stores=1, lead=2),
     MatmulConfig("wgmma", 128, 64, 128, 4, 6, num_stores=1, lead=2),
+    MatmulConfig("tma", 128, 128, 128, 4, 3, num_stores=2, programs_each=2),
+    MatmulConfig("tma", 64, 128, 128, 4, 4, num_stores=1, programs_each=2),
+    MatmulConfig("tma", 64, 64, 128, 4, 6, num_stores=1, programs_each=2),
 ]
+"""The fastest for the shapes of benchmarks/kernel_speed.py on an H200, and smaller tiles for few rows."""
 TMA_CANDIDATES = [
     MatmulConfig("tma", 128, 256, 128, 8, 3, num_stores=2),
     MatmulConfig("tma", 128, 256, 128, 8, 4, num_stores=2),
@@ -71,7 +73,7 @@ def candidates(device: torch.device, copies_fit: bool) -> list[MatmulConfig]:
     """What to choose among on a device; `copies_fit` is the answer of `fits_copy_engine` for the operands."""
     if not copies_fit:
         return POINTER_CANDIDATES
-    return TMA_CANDIDATES + (WGMMA_CANDIDATES if has_wgmma(device) else []) + POINTER_CANDIDATES[1:4]
+    return HOPPER_CANDIDATES if has_wgmma(device) else TMA_CANDIDATES
 
 
 def has_wgmma(device: torch.device) -> bool:

@@ -18,7 +18,6 @@ have multiplied with them. Shapes: M rows of A, N rows of B, K the summed dimens
 from functools import cache
 
 import torch
-from swcompile.kernels.scaled_mm_kernels import MatmulConfig
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -29,6 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from swcompile.kernels.scaled_mm_kernels import MatmulConfig
 
 # Triton 3.9 renamed both.
 _async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared

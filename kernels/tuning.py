@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
+
 from swcompile.kernels.launch import HAS_TRITON, device_facts, triton
 
 

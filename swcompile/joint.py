@@ -136,7 +136,6 @@ def _run_node_by_node(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: An
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy that shares nothing but the values in ``meta``."""
     copied = fx.Graph()
-    result, output = copied.graph_copy(graph, {}, return_output_node=True)
-    copied.output(result)
-    copied.output_node().meta = dict(output.meta)
+    copied.output(copied.graph_copy(graph, {}))
+    copied.output_node().meta = dict(graph.output_node().meta)
     return copied

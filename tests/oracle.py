@@ -9,11 +9,10 @@ from swcompile import GemmFormat, Scaling
 
 
 def fake_quantize(x: torch.Tensor, scaling: Scaling) -> torch.Tensor:
-    """float64 values of x [outer, contracted] after rounding to int8."""
-    x = x.double()
+    """float64 values of x [outer, contracted] after rounding to int8, by the rule that `kernels/int8.py` states."""
+    x = x.float()
     absmax = x.abs().amax(1, keepdim=True) if scaling is Scaling.VECTOR else x.abs().amax()
-    scale = absmax.float() / 127
-    return (x.float() / scale).round().double() * scale.double()
+    return (x * (torch.tensor(127.0) / absmax)).round().double() * (absmax / torch.tensor(127.0)).double()
 
 
 def gemm(a: torch.Tensor, b: torch.Tensor, gemm_format: GemmFormat | None) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from swcompile.kernels.dequantize import (
     DEQUANTIZE,
     dequantize,

@@ -4,6 +4,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
+
 from swcompile.kernels.formats import E4M3, E5M2, FORMATS, INT8, NumberFormat
 
 

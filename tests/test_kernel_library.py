@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from swcompile.kernels import launch, library
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from swcompile.kernels.quantize_columnwise import (
     CANDIDATES,
     MAX_PARTIALS,

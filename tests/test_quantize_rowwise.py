@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from swcompile.kernels.int8 import SMALLEST_ABSMAX
 from swcompile.kernels.quantize_rowwise import (
     QUANTIZE_ROWWISE,

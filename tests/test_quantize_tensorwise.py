@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from swcompile.kernels import quantize_tensorwise as module
 from swcompile.kernels.quantize_tensorwise import (
     CANDIDATES,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from swcompile.kernels import scaled_mm as module
 from swcompile.kernels.quantize_rowwise import quantize_rowwise
 from swcompile.kernels.quantize_tensorwise import quantize_tensorwise
@@ -14,9 +15,9 @@ from swcompile.kernels.scaled_mm import (
     scaled_mm_work,
 )
 from swcompile.kernels.scaled_mm_kernels import (
+    HOPPER_CANDIDATES,
     POINTER_CANDIDATES,
     TMA_CANDIDATES,
-    WGMMA_CANDIDATES,
     MatmulConfig,
     fits_copy_engine,
     has_wgmma,
@@ -32,7 +33,7 @@ IMPLEMENTATIONS = [scaled_mm_reference, scaled_mm_triton]
 SHAPES = [(1, 1, 1), (3, 5, 7), (130, 70, 100), (17, 16, 16), (70, 144, 160), (150, 272, 48)]
 
 
-CONFIGS = [*WGMMA_CANDIDATES, *TMA_CANDIDATES, *POINTER_CANDIDATES]
+CONFIGS = list(dict.fromkeys([*HOPPER_CANDIDATES, *TMA_CANDIDATES, *POINTER_CANDIDATES]))
 
 
 def random_operands(

@@ -10,9 +10,9 @@ import torch
 pytest.importorskip("triton")
 
 from swcompile.kernels.scaled_mm_kernels import (
+    HOPPER_CANDIDATES,
     POINTER_CANDIDATES,
     TMA_CANDIDATES,
-    WGMMA_CANDIDATES,
     candidates,
     fits_copy_engine,
     has_wgmma,
@@ -22,7 +22,7 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 
 
 def test_candidates():
-    assert all(0 < len(configs) <= 8 for configs in (WGMMA_CANDIDATES, TMA_CANDIDATES, POINTER_CANDIDATES))
+    assert all(0 < len(configs) <= 8 for configs in (HOPPER_CANDIDATES, TMA_CANDIDATES, POINTER_CANDIDATES))
     assert {config.kernel for config in candidates(DEVICE, copies_fit=False)} == {"pointers"}
     assert ("wgmma" in {config.kernel for config in candidates(DEVICE, copies_fit=True)}) == has_wgmma(DEVICE)
 
@@ -43,10 +43,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from swcompile.kernels.scaled_mm_kernels import WGMMA_CANDIDATES
+from swcompile.kernels.scaled_mm_kernels import HOPPER_CANDIDATES
 from swcompile.kernels.scaled_mm_wgmma import _layout, wgmma_kernel
 
-config = WGMMA_CANDIDATES[0]
+config = HOPPER_CANDIDATES[0]
 blocks = {
     "a_desc": ("i8", 1, config.rows, config.summed),
     "b_desc": ("i8", 1, config.columns, config.summed),

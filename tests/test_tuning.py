@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch._inductor.runtime import cache_dir_utils
+
 from swcompile.kernels import launch, tuning
 from swcompile.kernels.tuning import Tuner, bucket, num_tunings
-from torch._inductor.runtime import cache_dir_utils
 
 GPU = torch.device("cuda", 0)
 KEY = (bucket(1000), 1280, torch.bfloat16, True)

@@ -1,7 +1,7 @@
 """Speed of every kernel on this GPU, against the copy bandwidth and the bf16 matmul measured in the same run.
 
-    python benchmarks/kernels.py
-    python benchmarks/kernels.py --only scaled_mm --all-configs --extra-configs
+    python benchmarks/kernel_speed.py
+    python benchmarks/kernel_speed.py --only scaled_mm --all-configs --extra-configs
 
 Operands rotate through buffers larger than the L2 cache, and times are medians.
 """
@@ -27,11 +27,9 @@ from kernel_cases import (
     quantizer_cases,
 )
 from reporting import header, markdown_table, write
-from swcompile.kernels.scaled_mm_kernels import MatmulConfig
 from triton.errors import TritonError
 
-# Run as a program from this folder, this file is what a probe for a module named `kernels` finds (transformers).
-__version__ = "0.0.0"
+from swcompile.kernels.scaled_mm_kernels import MatmulConfig
 
 
 def median_ms(calls: Sequence[Callable[[], Any]], *, num_samples: int = 30) -> float:
