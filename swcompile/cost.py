@@ -24,6 +24,8 @@ from swcompile.kernels.scaled_mm import SCALED_MM, scaled_mm_work
 from swcompile.pipeline import source_fingerprint
 from swcompile.recipe import GemmFormat, Scaling
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceRates:
@@ -61,22 +63,37 @@ class _Times(NamedTuple):
     int8_host: float
 
 
-def predict_speedups(candidates: Sequence[Candidate], *, rates: DeviceRates | None = None) -> list[float]:
+def predict_speedups(
+    candidates: Sequence[Candidate], others: Sequence[Matmul] = (), *, rates: DeviceRates | None = None
+) -> list[float]:
     """Predicted time of each original matmul over that of int8 with its quantisation.
 
     Device time decides as long as the device is the bottleneck. Where the host would take longer to launch the
-    rewritten matmuls of this graph than the device to run them (and no CUDA graph launches them), the longer of both
-    counts.
+    matmuls of this graph than the device to run them (and no CUDA graph launches them), the longer of both counts.
 
     Args:
-        candidates: of one graph.
+        candidates: the matmuls of one graph that may be rewritten.
+        others: the rest of its matmuls, which keep the device busy while the host launches.
         rates: of the device; measured where not given.
     """
     times = [_times(candidate, rates) for candidate in candidates]
-    device, host = sum(t.int8 for t in times), sum(t.int8_host for t in times)
+    rest = [_original(matmul, rates) for matmul in others]
+    device = sum(t.int8 for t in times) + sum(seconds for seconds, _ in rest)
+    host = sum(t.int8_host for t in times) + sum(seconds for _, seconds in rest)
     if host <= device or inductor_config.triton.cudagraphs:
         return [t.original / t.int8 for t in times]
     return [max(t.original, t.original_host) / max(t.int8, t.int8_host) for t in times]
+
+
+def _original(matmul: Matmul, rates: DeviceRates | None) -> tuple[float, float]:
+    """Seconds that the device and the host spend on a matmul as it is; nothing for a dtype that was not measured."""
+    value = matmul.node.meta["val"]
+    if value.dtype not in _DTYPES:
+        return 0.0, 0.0
+    rates = rates or device_rates(value.device, value.dtype)
+    m, n, k = matmul.shape
+    work = Work(flops=2 * m * n * k, bytes=value.dtype.itemsize * (m * k + n * k + m * n))
+    return max(work.flops / rates.matmul, work.bytes / rates.quantize) + rates.kernel, rates.matmul_call
 
 
 def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
@@ -89,7 +106,7 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     weight_rows = math.prod(sizes(weight)[-2:]) // k
     other_rows = m + n - weight_rows
 
-    original = Work(flops=2 * m * n * k, bytes=itemsize * (m * k + n * k + m * n))
+    original, original_host = _original(matmul, rates)
     multiply = scaled_mm_work(m, n, k, itemsize)
     quantize_other = quantize_rowwise_work(other_rows, k, itemsize).bytes / rates.quantize + rates.kernel
     # An operand with one scale is read twice, and its absmax is a kernel of its own.
@@ -97,12 +114,12 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     quantize = quantize_tensorwise_work if gemm.weight is Scaling.TENSOR else quantize_rowwise_work
     quantize_weight = quantize(weight_rows, k, itemsize).bytes / rates.quantize + weight_kernels * rates.kernel
     return _Times(
-        original=max(original.flops / rates.matmul, original.bytes / rates.quantize) + rates.kernel,
+        original=original,
         int8=max(multiply.flops / rates.int8_matmul, multiply.bytes / rates.quantize)
         + rates.kernel
         + quantize_other / sharers
         + quantize_weight,
-        original_host=rates.matmul_call,
+        original_host=original_host,
         int8_host=(1 + 1 / sharers + weight_kernels) * rates.quantize_call,
     )
 
@@ -115,9 +132,8 @@ def device_rates(device: torch.device, dtype: torch.dtype) -> DeviceRates:
 
 def rates_fingerprint(devices: Iterable[torch.device]) -> str:
     """What a cache key needs of the rates on which decisions rest: those of every dtype on these devices."""
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
     unique = sorted({device.type for device in devices})
-    return repr([device_rates(torch.device(kind), dtype) for kind in unique for dtype in dtypes])
+    return repr([device_rates(torch.device(kind), dtype) for kind in unique for dtype in _DTYPES])
 
 
 def _device_key(device: torch.device, dtype: torch.dtype) -> str:

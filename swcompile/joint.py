@@ -116,9 +116,7 @@ def _qualified(source: str) -> str:
     return ".".join(parts) if parts else re.sub(r"^[LG]\['\w+'\]\.?", "", source)
 
 
-def trace_joint(
-    gm: fx.GraphModule, inputs: Sequence[Any], hook: Callable[[fx.Graph], None]
-) -> Callable[..., Any]:
+def trace_joint(gm: fx.GraphModule, inputs: Sequence[Any], hook: Callable[[fx.Graph], None]) -> Any:
     """Take a Dynamo graph through AOTAutograd as Inductor does, with `hook` on the joint graph, and compile nothing.
 
     Returns:

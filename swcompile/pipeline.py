@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+import swcompile.kernels.library
 from swcompile import graph as facts
 from swcompile.report import Decision
 
@@ -133,8 +134,7 @@ _ORIGIN = (
 def source_fingerprint() -> str:
     """A hash of every source file of this package: the part of a cache key that stands for our code."""
     digest = hashlib.sha256()
-    package = Path(__file__).parent
-    kernels = Path(__import__("swcompile.kernels", fromlist=["kernels"]).__file__).parent
+    package, kernels = Path(__file__).parent, Path(swcompile.kernels.library.__file__).parent
     for folder in (package, package / "passes", kernels):
         for file in sorted(folder.glob("*.py")):
             digest.update(file.name.encode() + b"\0" + file.read_bytes())

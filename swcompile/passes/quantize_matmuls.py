@@ -30,8 +30,8 @@ _QUANTIZERS = {
 }
 """(scaling, whether the operand lies transposed in memory) -> op. All give [outer, contracted], contiguous."""
 
-Predict = Callable[[Sequence[Candidate]], list[float]]
-"""The candidates of a graph -> how many times as fast each would be."""
+Predict = Callable[[Sequence[Candidate], Sequence[Matmul]], list[float]]
+"""(the candidates of a graph, its other matmuls) -> how many times as fast each candidate would be."""
 
 
 def quantize_matmuls(
@@ -70,7 +70,8 @@ def quantize_matmuls(
         gemm = recipe.format_of(matmul.role)
         assert gemm is not None
         candidates.append(Candidate(matmul, gemm, sharing[_activation_key(matmul)]))
-    speedups = predict(candidates) if recipe.skip_slower else [None] * len(candidates)
+    others = [matmul for matmul in found if matmul not in wanted]
+    speedups = predict(candidates, others) if recipe.skip_slower else [None] * len(candidates)
     predicted = {c.matmul.node: speedup for c, speedup in zip(candidates, speedups, strict=True)}
 
     rewriter = _Rewriter(graph, backward=facts.backward_nodes(graph), names=facts.parameters(graph))

@@ -1,0 +1,301 @@
+"""quantize_matmuls: the graphs that it makes, the reason of every decision, and what is shared."""
+
+import contextlib
+import copy
+import dataclasses
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import fx, nn
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+
+import swcompile
+from swcompile import Decision, Role, Scaling, format_graph, joint_passes, make_recipe
+from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
+from swcompile.kernels.quantize_tensorwise import QUANTIZE_TENSORWISE, QUANTIZE_TENSORWISE_TRANSPOSE
+from swcompile.kernels.scaled_mm import MAX_K, SCALED_MM
+
+ALL: dict[str, Any] = {"include": ["*"], "skip_slower": False}
+TOKENS, IN, OUT = 8, 32, 64
+
+INPUTS = """\
+%0: f32[64, 32] = parameter weight
+%1: f32[64] = parameter bias
+%2: f32[8, 32] = input
+%3: f32[8, 64] = tangent
+%4: f32[32, 64] = aten.permute(%0, [1, 0])
+"""
+
+BEFORE = """\
+%5: f32[8, 64] = aten.addmm(%1, %2, %4)
+%6: f32[64, 32] = aten.permute(%4, [1, 0])
+%7: f32[8, 32] = aten.mm(%3, %6)
+%8: f32[64, 8] = aten.permute(%3, [1, 0])
+%9: f32[64, 32] = aten.mm(%8, %2)
+%10: f32[32, 64] = aten.permute(%9, [1, 0])
+%11: f32[1, 64] = aten.sum.dim_IntList(%3, [0], True)
+%12: f32[64] = aten.view(%11, [64])
+%13: f32[64, 32] = aten.permute(%10, [1, 0])
+return %5, %13, %12, %7"""
+
+SWITCHBACK = """\
+%5: (i8[8, 32], f32[8, 1]) = swcompile.quantize_rowwise(%2)
+%6: i8[8, 32] = getitem(%5, 0)
+%7: f32[8, 1] = getitem(%5, 1)
+%8: (i8[64, 32], f32[1, 1]) = swcompile.quantize_tensorwise(%0)
+%9: i8[64, 32] = getitem(%8, 0)
+%10: f32[1, 1] = getitem(%8, 1)
+%11: f32[8, 64] = swcompile.scaled_mm(%6, %9, %7, %10, %1, f32)
+%12: f32[64, 32] = aten.permute(%4, [1, 0])
+%13: (i8[8, 64], f32[8, 1]) = swcompile.quantize_rowwise(%3)
+%14: i8[8, 64] = getitem(%13, 0)
+%15: f32[8, 1] = getitem(%13, 1)
+%16: (i8[32, 64], f32[1, 1]) = swcompile.quantize_tensorwise_transpose(%12)
+%17: i8[32, 64] = getitem(%16, 0)
+%18: f32[1, 1] = getitem(%16, 1)
+%19: f32[8, 32] = swcompile.scaled_mm(%14, %17, %15, %18, None, f32)
+%20: f32[64, 8] = aten.permute(%3, [1, 0])
+%21: f32[64, 32] = aten.mm(%20, %2)
+%22: f32[32, 64] = aten.permute(%21, [1, 0])
+%23: f32[1, 64] = aten.sum.dim_IntList(%3, [0], True)
+%24: f32[64] = aten.view(%23, [64])
+%25: f32[64, 32] = aten.permute(%22, [1, 0])
+return %11, %25, %24, %19"""
+
+# Vector-wise weights: of the same nodes, only those that quantise the weight differ.
+SWITCHBACK_Q = (
+    SWITCHBACK.replace(
+        "f32[1, 1]) = swcompile.quantize_tensorwise(", "f32[64, 1]) = swcompile.quantize_rowwise("
+    )
+    .replace("f32[1, 1]) = swcompile.quantize_tensorwise_", "f32[32, 1]) = swcompile.quantize_columnwise_")
+    .replace("%10: f32[1, 1]", "%10: f32[64, 1]")
+    .replace("%18: f32[1, 1]", "%18: f32[32, 1]")
+)
+
+LLM_INT8 = (
+    SWITCHBACK_Q.partition("%20:")[0]
+    + """\
+%20: (i8[64, 8], f32[64, 1]) = swcompile.quantize_columnwise_transpose(%3)
+%21: i8[64, 8] = getitem(%20, 0)
+%22: f32[64, 1] = getitem(%20, 1)
+%23: (i8[32, 8], f32[32, 1]) = swcompile.quantize_columnwise_transpose(%2)
+%24: i8[32, 8] = getitem(%23, 0)
+%25: f32[32, 1] = getitem(%23, 1)
+%26: f32[64, 32] = swcompile.scaled_mm(%21, %24, %22, %25, None, f32)
+%27: f32[32, 64] = aten.permute(%26, [1, 0])
+%28: f32[1, 64] = aten.sum.dim_IntList(%3, [0], True)
+%29: f32[64] = aten.view(%28, [64])
+%30: f32[64, 32] = aten.permute(%27, [1, 0])
+return %11, %30, %29, %19"""
+)
+
+
+class Model(nn.Module):
+    """A function of an input and named parameters."""
+
+    def __init__(self, call: Callable[..., torch.Tensor], **parameters: torch.Tensor):
+        super().__init__()
+        self.call = call
+        for name, value in parameters.items():
+            setattr(self, name, nn.Parameter(value))
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.call(self, *inputs)
+
+
+def x_of(*shape: int, **options: Any) -> torch.Tensor:
+    return torch.randn(*(shape or (TOKENS, IN)), requires_grad=True, **options)
+
+
+def rewrite(model: nn.Module, x: torch.Tensor, **options: Any) -> tuple[swcompile.JointGraph, list[Decision]]:
+    joint = swcompile.capture(model, x)
+    return joint, joint.run_passes(joint_passes(make_recipe(ALL | options)))
+
+
+def count(graph: fx.Graph, target: Any) -> int:
+    return len(graph.find_nodes(op="call_function", target=target))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "after"), [("switchback", SWITCHBACK), ("switchback_q", SWITCHBACK_Q), ("llm_int8", LLM_INT8)]
+)
+def test_one_layer_before_and_after(recipe: str, after: str) -> None:
+    torch.manual_seed(0)
+    model, x, tangent = nn.Linear(IN, OUT), x_of(), torch.randn(TOKENS, OUT)
+    joint = swcompile.capture(model, x)
+    assert format_graph(joint.graph) == INPUTS + BEFORE
+    (exact, *_), exact_gradients = joint(tangent)
+    decisions = joint.run_passes(joint_passes(make_recipe(ALL | {"recipe": recipe})))
+    assert format_graph(joint.graph) == INPUTS + after
+
+    int8 = f"int8, scales by row x {'tensor' if recipe == 'switchback' else 'row'}"
+    plain = f"recipe {recipe} leaves grad_weight (sums over {TOKENS} tokens)"
+    assert [d.reason for d in decisions] == [int8, int8, int8 if recipe == "llm_int8" else plain]
+    assert [d.shape for d in decisions] == [(TOKENS, OUT, IN), (TOKENS, IN, OUT), (OUT, IN, TOKENS)]
+
+    # The same integers, and float32 scales in another order of operations.
+    outputs, gradients = joint(tangent)
+    out = oracle.linear(x, model.weight, model.bias, recipe)
+    expected = torch.autograd.grad(out, [x, model.weight, model.bias], tangent)
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    close(outputs[0], out)
+    close(gradients["weight"], expected[1])
+    close(gradients["bias"], expected[2])
+    assert not torch.equal(outputs[0], exact)
+    assert torch.equal(gradients["weight"], exact_gradients["weight"]) == (recipe != "llm_int8")
+
+
+X = (TOKENS, IN)
+LINEAR = nn.Linear(IN, OUT)
+LONG = nn.Linear(MAX_K + 1, 2, bias=False)
+STACK = Model(lambda m, x: x @ m.weight, weight=torch.randn(3, IN, OUT))
+DERIVED = Model(lambda m, x: x @ m.weight.tanh(), weight=torch.randn(IN, OUT))
+SCORES = Model(lambda m, x: x @ x.T + m.bias, bias=torch.randn(1))
+LEFT = {
+    "excluded": (LINEAR, X, {"exclude": ["b*", "w*"]}, "excluded by 'w*'"),
+    "not included": (LINEAR, X, {"include": "other*"}, "no include pattern matches"),
+    "head": (LINEAR, X, {"include": None}, "last matmul before the output; include='weight' asks for it"),
+    "scores": (SCORES, X, {}, "neither operand is a parameter"),
+    "derived": (DERIVED, X, {}, "neither operand is a parameter"),
+}
+IMPOSSIBLE = {
+    "float64": (LINEAR, X, {}, "torch.float64 has no int8 form; bfloat16, float16 and float32 have"),
+    "meta": (LINEAR, X, {}, "no int8 kernel for device meta"),
+    "long": (LONG, (1, MAX_K + 1), {}, f"sums over {MAX_K + 1} > {MAX_K} products, which may overflow int32"),
+    "stack": (STACK, (3, *X), {}, "a batch of 3 weights: the int8 kernel multiplies one"),
+}
+"""Asked for, and not rewritten: `strict` raises."""
+
+
+@pytest.mark.parametrize("case", LEFT | IMPOSSIBLE)
+def test_reason_why_a_matmul_is_left(case: str) -> None:
+    model, shape, options, reason = (LEFT | IMPOSSIBLE)[case]
+    how = {"float64": {"dtype": torch.float64}, "meta": {"device": "meta"}}.get(case, {})
+    joint = swcompile.capture(copy.deepcopy(model).to(**how), x_of(*shape, **how))
+    before = format_graph(joint.graph)
+    decisions = joint.run_passes(joint_passes(make_recipe(ALL | {"recipe": "llm_int8"} | options)))
+    first = decisions[0]
+    assert (first.reason, first.rewritten, first.violation) == (reason, False, case in IMPOSSIBLE)
+    if case != "long":  # of which the two other matmuls sum over less
+        assert format_graph(joint.graph) == before and not any(d.rewritten for d in decisions)
+
+
+def test_the_longest_sum_that_an_int32_holds_is_rewritten() -> None:
+    _, decisions = rewrite(nn.Linear(MAX_K, 2, bias=False), torch.ones(1, MAX_K))
+    assert decisions[0].rewritten and decisions[0].shape == (1, 2, MAX_K)
+
+
+def test_matrix_vector_products_are_left() -> None:
+    parameters = {"weight": torch.randn(OUT, IN), "bias": torch.randn(OUT)}
+    model = Model(lambda m, x: torch.addmv(m.bias, m.weight, x), **parameters)
+    with contextlib.ExitStack() as stack:  # exported, as tracing for Inductor makes a sum of products of it
+        graph = aot_export_joint_with_descriptors(stack, model, (x_of(IN),)).graph_module.graph
+    decisions = swcompile.run_passes(graph, joint_passes(make_recipe(ALL)))
+    forward = decisions[0]
+    assert (forward.role, forward.shape, forward.violation) == (Role.OUTPUT, (OUT, 1, IN), True)
+    assert forward.reason == "a matrix-vector product: bound by reading the weight once"
+    assert not any(d.rewritten for d in decisions)
+
+
+def test_a_batched_gradient_of_the_weight_is_left() -> None:
+    model = Model(lambda m, x: torch.bmm(x, m.weight.expand(3, IN, OUT)), weight=torch.randn(IN, OUT))
+    _, decisions = rewrite(model, x_of(3, TOKENS, IN), recipe="llm_int8")
+    assert {d.role for d in decisions if d.rewritten} == {Role.OUTPUT, Role.GRAD_INPUT}
+    (left,) = (d for d in decisions if d.role is Role.GRAD_WEIGHT)
+    assert left.reason == "a batch of 3 weights: the int8 kernel multiplies one"
+
+
+class Projections(nn.Module):
+    """Three layers that read one activation, and one after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(IN, IN, bias=False) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.o(self.q(x).tanh() * self.k(x) + self.v(x))
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.999, 1.0, 3.0])
+def test_a_prediction_decides_where_slower_ones_are_skipped(ratio: float) -> None:
+    seen: dict[Any, int] = {}
+
+    def predict(candidates: Sequence[Any], others: Sequence[Any]) -> list[float]:
+        seen.update({(c.matmul.parameter, c.matmul.role): c.sharers for c in candidates})
+        assert {c.gemm.weight for c in candidates} == {Scaling.TENSOR}
+        return [ratio] * len(candidates)
+
+    for include, asked in ((None, False), ("*", True)):
+        graph = swcompile.capture(Projections(), x_of()).graph
+        recipe = make_recipe({"include": include})
+        result = swcompile.quantize_matmuls(graph, recipe=recipe, predict=predict)
+        predicted = [d for d in result.decisions if d.role in (Role.OUTPUT, Role.GRAD_INPUT)]
+        assert result.rewrites == (8 if ratio >= 1 else 0) and {d.speedup for d in predicted} == {ratio}
+        slower = f"int8 would be slower: predicted {ratio:.2f} times as fast"
+        assert {d.reason for d in predicted} == {slower if ratio < 1 else "int8, scales by row x tensor"}
+        assert {d.violation for d in predicted} == {asked and ratio < 1}
+    expected = {(f"{name}.weight", Role.OUTPUT): 1 if name == "o" else 3 for name in "qkvo"}
+    assert {key: value for key, value in seen.items() if key[1] is Role.OUTPUT} == expected
+    assert {value for key, value in seen.items() if key[1] is Role.GRAD_INPUT} == {1}
+
+
+def test_one_activation_is_quantised_once_and_each_weight_twice() -> None:
+    joint, _ = rewrite(Projections(), x_of())
+    # x for q, k and v together, the input of o, and the gradients of four outputs
+    assert count(joint.graph, QUANTIZE_ROWWISE) == 1 + 1 + 4
+    assert count(joint.graph, SCALED_MM) == 8
+    assert count(joint.graph, QUANTIZE_TENSORWISE) == count(joint.graph, QUANTIZE_TENSORWISE_TRANSPOSE) == 4
+
+
+def test_a_shared_weight_is_quantised_once_a_direction() -> None:
+    def call(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return x + ((x @ m.weight.T).tanh() @ m.weight.T).tanh() @ m.weight
+
+    joint, _ = rewrite(Model(call, weight=torch.randn(IN, IN)), x_of())
+    # In forward and backward each, once along its rows and once along its columns.
+    assert count(joint.graph, SCALED_MM) == 6
+    assert count(joint.graph, QUANTIZE_TENSORWISE) == count(joint.graph, QUANTIZE_TENSORWISE_TRANSPOSE) == 2
+
+
+@pytest.mark.parametrize("recipe", swcompile.RECIPES)
+def test_a_second_run_changes_nothing(recipe: str) -> None:
+    joint, first = rewrite(Projections(), x_of(), recipe=recipe)
+    before = format_graph(joint.graph)
+    result = swcompile.quantize_matmuls(joint.graph, recipe=make_recipe(ALL | {"recipe": recipe}))
+    assert result.rewrites == 0 and format_graph(joint.graph) == before
+    for again, d in zip(result.decisions, first, strict=True):
+        reason = "int8 already" if d.rewritten else d.reason.partition(";")[0]
+        assert again == dataclasses.replace(d, node=again.node, reason=reason)
+
+
+@pytest.mark.parametrize("recipe", swcompile.RECIPES)
+def test_the_backward_quantises_what_it_reads_of_the_forward_itself(recipe: str) -> None:
+    joint, _ = rewrite(nn.Linear(IN, OUT), x_of(), recipe=recipe)
+    late = [n for n in joint.graph.nodes if n.meta.get("partitioner_tag") == "must_be_in_backward"]
+    quantised = [n.args[0].meta["val"].shape for n in late if "swcompile.quantize" in str(n.target)]
+    # The transposed weight; under llm_int8 the activation, in other scales than the forward's, too.
+    assert quantised == [(OUT, IN)] + [(TOKENS, IN)] * (recipe == "llm_int8")
+    assert sum(n.target is operator.getitem for n in late) == 2 * len(quantised)  # values and scales
+
+
+def test_addmm_with_a_matrix_and_factors() -> None:
+    torch.manual_seed(0)
+
+    def call(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(m.matrix, x, m.weight.T, beta=0.5, alpha=-2.0)
+
+    model = Model(call, weight=torch.randn(OUT, IN), matrix=torch.randn(TOKENS, OUT))
+    joint, _ = rewrite(model, x := x_of())
+    (out, *_), gradients = joint()
+    (matmul, _) = joint.graph.find_nodes(op="call_function", target=SCALED_MM)
+    assert matmul.args[4] is None
+    expected = 0.5 * model.matrix - 2 * oracle.linear(x, model.weight)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(out, model(x))
+    torch.testing.assert_close(gradients["matrix"], torch.full_like(model.matrix, 0.5))
+    torch.testing.assert_close(gradients["weight"], (-2 * x.sum(0)).expand(OUT, IN))
