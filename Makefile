@@ -25,7 +25,7 @@ bench: $(ready)
 	$(RUN) benchmarks/train_step.py
 
 docs: $(ready)
-	$(RUN) docs/make_architecture.py
+	$(RUN) docs/make_docs.py
 
 $(ready): pyproject.toml
 	$(PYTHON) -m venv --clear .venv

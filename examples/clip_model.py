@@ -51,13 +51,13 @@ class ClipSize:
 
 SIZES = {
     "tiny": ClipSize(
-        vision=Tower(width=192, num_layers=3, num_heads=3),
+        vision=Tower(width=128, num_layers=3, num_heads=2),
         text=Tower(width=128, num_layers=2, num_heads=2),
         embed_dim=128,
         image_size=32,
         patch_size=8,
         batch_size=128,
-        num_steps=300,
+        num_steps=500,
         learning_rate=1e-3,
     ),
     "small": ClipSize(
@@ -68,7 +68,7 @@ SIZES = {
         patch_size=4,
         batch_size=1024,
         num_steps=2000,
-        learning_rate=1e-3,
+        learning_rate=5e-4,
     ),
     "base": ClipSize(
         vision=Tower(width=768, num_layers=12, num_heads=12),
@@ -78,7 +78,7 @@ SIZES = {
         patch_size=8,
         batch_size=1024,
         num_steps=2000,
-        learning_rate=5e-4,
+        learning_rate=3e-4,
     ),
     "large": ClipSize(
         vision=Tower(width=1024, num_layers=24, num_heads=16),
@@ -88,7 +88,7 @@ SIZES = {
         patch_size=14,
         batch_size=512,
         num_steps=2000,
-        learning_rate=3e-4,
+        learning_rate=2e-4,
     ),
     "huge": ClipSize(
         vision=Tower(width=1280, num_layers=32, num_heads=16),
@@ -98,7 +98,7 @@ SIZES = {
         patch_size=14,
         batch_size=128,
         num_steps=2000,
-        learning_rate=2e-4,
+        learning_rate=1e-4,
     ),
 }
 """From seconds a step on a laptop to the ViT-H/14 of the SwitchBack paper."""

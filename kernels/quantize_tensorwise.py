@@ -156,7 +156,7 @@ def launch(
     num_multiprocessors = device_facts(x_RC.device).num_multiprocessors
     num_partials = min(
         triton.cdiv(num_rows, _ABSMAX_ROWS) * triton.cdiv(num_columns, _ABSMAX_COLUMNS),
-        4 * num_multiprocessors,
+        8 * num_multiprocessors,  # as many as run at once: a weight of 6 M elements is one tile each
         MAX_PARTIALS,
     )
     if num_partials:

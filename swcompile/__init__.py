@@ -9,7 +9,7 @@ from swcompile.joint import StrictError
 from swcompile.passes import joint_passes
 from swcompile.passes.quantize_matmuls import quantize_matmuls
 from swcompile.passes.save_int8_activations import save_int8_activations
-from swcompile.pipeline import format_graph, run_passes
+from swcompile.pipeline import PassResult, format_graph, run_passes
 from swcompile.recipe import RECIPES, GemmFormat, Recipe, Role, Scaling, make_recipe
 from swcompile.report import Decision, Report
 
@@ -18,6 +18,7 @@ __all__ = [
     "Decision",
     "GemmFormat",
     "JointGraph",
+    "PassResult",
     "Recipe",
     "Report",
     "Role",

@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swcompile.cost import rates_fingerprint
 from swcompile.graph import hint
-from swcompile.joint import JointPass, copy_graph, is_whole, parameter_names, trace_joint
+from swcompile.joint import JointPass, copy_graph, is_whole, names_in_sight, parameter_names, trace_joint
 from swcompile.kernels.launch import require_supported_gpu
 from swcompile.passes import joint_passes
 from swcompile.pipeline import Pass, log
@@ -57,7 +57,7 @@ def switchback(
     """
     recipe, patches = _read_options(options or {}, mode)
     names = parameter_names(gm, example_inputs)
-    _check_patterns(recipe, names)
+    _check_patterns(recipe, gm, names)
     devices = {value.device for value in example_inputs if isinstance(value, torch.Tensor)}
     for device in devices:
         if device.type == "cuda":
@@ -74,11 +74,20 @@ def switchback(
     joint_pass = JointPass(
         passes,
         names=names,
-        identity=repr((recipe, is_whole(gm), rates_fingerprint(devices) if recipe.skip_slower and names else None)),
+        identity=rates_fingerprint(devices, _dtypes(gm, devices)) if recipe.skip_slower and names else "",
+        before=patches.pop("joint_custom_pre_pass", None),
         strict=recipe.strict,
         on_decisions=on_decisions,
     )
     return compile_fx(gm, example_inputs, config_patches=patches | {"joint_custom_pre_pass": joint_pass})
+
+
+def _dtypes(gm: fx.GraphModule, devices: Iterable[torch.device]) -> set[torch.dtype]:
+    """The dtypes of a Dynamo graph's values, and autocast's."""
+    values = (node.meta.get("example_value") for node in gm.graph.nodes)
+    found = {value.dtype for value in values if isinstance(value, torch.Tensor)}
+    kinds = {device.type for device in devices}
+    return found | {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
 
 
 def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Recipe, dict[str, Any]]:
@@ -96,13 +105,14 @@ def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Recipe,
     return make_recipe(rest), {**(list_mode_options(mode) if mode else {}), **inductor}
 
 
-def _check_patterns(recipe: Recipe, names: Mapping[int, str]) -> None:
-    """Patterns that match nothing: an error if strict, else a warning."""
+def _check_patterns(recipe: Recipe, gm: fx.GraphModule, names: Mapping[int, str]) -> None:
+    """Patterns that match nothing: an error if strict and this is the whole model, else a warning."""
     if not names:
         return
-    for pattern, nearest in recipe.unmatched_patterns(names.values()).items():
+    known, is_all = names_in_sight(gm, names.values())
+    for pattern, nearest in recipe.unmatched_patterns(known).items():
         message = f"pattern {pattern!r} matches no parameter of this graph; the closest is {nearest!r}"
-        if recipe.strict:
+        if recipe.strict and is_all:
             raise ValueError(message)
         warnings.warn(message, stacklevel=2)
 

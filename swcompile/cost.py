@@ -130,10 +130,11 @@ def device_rates(device: torch.device, dtype: torch.dtype) -> DeviceRates:
     return _rates(_device_key(device, dtype), torch.device(device.type, device.index or 0), dtype)
 
 
-def rates_fingerprint(devices: Iterable[torch.device]) -> str:
-    """What a cache key needs of the rates on which decisions rest: those of every dtype on these devices."""
-    unique = sorted({device.type for device in devices})
-    return repr([device_rates(torch.device(kind), dtype) for kind in unique for dtype in _DTYPES])
+def rates_fingerprint(devices: Iterable[torch.device], dtypes: Iterable[torch.dtype]) -> str:
+    """What a cache key needs of the rates on which decisions rest."""
+    kinds = sorted({device.type for device in devices} & {"cpu", "cuda"})
+    measured = [dtype for dtype in _DTYPES if dtype in set(dtypes)]
+    return repr([(kind, dtype, device_rates(torch.device(kind), dtype)) for kind in kinds for dtype in measured])
 
 
 def _device_key(device: torch.device, dtype: torch.dtype) -> str:
@@ -170,7 +171,7 @@ def _read(file: Path) -> dict[str, dict[str, float]]:
 def _measure(device: torch.device, dtype: torch.dtype) -> DeviceRates:
     on_gpu = device.type == "cuda"
     size = 4096 if on_gpu else 512
-    rows = 8 * size
+    rows = 8 * size if on_gpu else 2 * size
     seconds = _gpu_seconds if on_gpu else _cpu_seconds
     autocast = torch.autocast(device.type, enabled=False)
     with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng([device] if on_gpu else []), autocast:
@@ -194,7 +195,7 @@ def _cpu_seconds(run: Callable[[], object]) -> float:
     """The shortest of a few timings."""
     run()
     times = []
-    for _ in range(5):
+    for _ in range(3):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)

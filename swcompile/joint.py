@@ -1,8 +1,10 @@
 """Where Inductor and the passes meet: the hook on the joint graph, and tracing a joint graph without compiling it."""
 
 import hashlib
+import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -28,7 +30,9 @@ class JointPass(CustomGraphPass):
     Args:
         passes: what to run.
         names: index among the graph's inputs -> qualified name, for the parameters.
-        identity: everything that decides what the passes do, but for their source and `names`.
+        identity: what decides on the result besides the passes, their options and `names`.
+        before: what the user has hooked in at the same place, a pass or several; it runs first. Left out, it is what
+            Inductor's config holds.
         strict: raise `StrictError` for a matmul that was asked for and is not rewritten.
         on_decisions: called with the decisions about each graph.
     """
@@ -39,6 +43,7 @@ class JointPass(CustomGraphPass):
         *,
         names: dict[int, str],
         identity: str = "",
+        before: Any = None,
         strict: bool = False,
         on_decisions: Callable[[list[Decision]], None] | None = None,
     ):
@@ -47,13 +52,12 @@ class JointPass(CustomGraphPass):
         self.identity = identity
         self.strict = strict
         self.on_decisions = on_decisions
-        self.before = inductor_config.joint_custom_pre_pass
-        """A pass that the user has hooked in: it runs first."""
+        before = inductor_config.joint_custom_pre_pass if before is None else before
+        self.before = [p for p in (before if isinstance(before, (list, tuple)) else [before]) if p is not None]
 
     def __call__(self, graph: fx.Graph) -> None:
-        for other in self.before if isinstance(self.before, (list, tuple)) else (self.before,):
-            if other is not None:
-                other(graph)
+        for other in self.before:
+            other(graph)
         facts.name_parameters(graph, self.names)
         decisions = run_passes(graph, self.passes)
         if self.on_decisions:
@@ -62,13 +66,25 @@ class JointPass(CustomGraphPass):
             raise_violations(decisions)
 
     def uuid(self) -> str | None:
-        """What stands for this pass in Inductor's cache key; None (no caching) if a user's pass has no uuid."""
-        others = self.before if isinstance(self.before, (list, tuple)) else (self.before,)
-        before = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in others if other]
-        if None in before:
+        """What stands for this pass in Inductor's cache key; None (no caching) where a user's pass has no identity."""
+        before = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.before]
+        passes = [_identity(rewrite) for rewrite in self.passes]
+        if None in before or None in passes:
             return None
-        key = repr((source_fingerprint(), self.identity, sorted(self.names.items()), before))
+        key = repr((source_fingerprint(), passes, self.identity, sorted(self.names.items()), before))
         return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _identity(rewrite: Pass) -> str | None:
+    """What a pass does, as text: its name, or its source if it is not one of ours, and its bound options."""
+    function, options = (rewrite.func, rewrite.keywords) if isinstance(rewrite, partial) else (rewrite, {})
+    text = f"{function.__module__}.{function.__qualname__} {options!r}"
+    if function.__module__.startswith("swcompile."):
+        return text  # its source is part of the key already
+    try:
+        return text + inspect.getsource(function)
+    except OSError:
+        return None
 
 
 def raise_violations(decisions: Sequence[Decision]) -> None:
@@ -91,8 +107,7 @@ def parameter_names(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, str]
     names = {}
     for index, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
         if isinstance(value, nn.Parameter):
-            source = getattr(node.meta.get("grapharg"), "source", None)
-            names[index] = node.name if source is None else _qualified(source.name)
+            names[index] = _source_name(node) or node.name
     return names
 
 
@@ -101,17 +116,43 @@ def is_whole(gm: fx.GraphModule) -> bool:
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:
         return True
-    if "DDPOptimizer" not in reason.reason:
+    if not _is_bucket(gm):
         return False
-    whole = InstructionTranslator.current_tx().output.graph  # of which DDP's buckets made this graph a piece
     values = [
         {id(node.meta.get("example_value")) for node in graph.output_node().all_input_nodes}
-        for graph in (whole, gm.graph)
+        for graph in (_dynamo_graph(), gm.graph)
     ]
     return not values[0].isdisjoint(values[1])
 
 
-def _qualified(source: str) -> str:
+def names_in_sight(gm: fx.GraphModule, names: Iterable[str]) -> tuple[list[str], bool]:
+    """(the parameters of the model as far as Dynamo sees it, whether that is all of it).
+
+    It is not all of it before and after a graph break. Of a DDP bucket the graph that it was cut from counts.
+    """
+    if _is_bucket(gm):
+        return [name for node in _dynamo_graph().find_nodes(op="placeholder") if (name := _source_name(node))], True
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    resumes = reason is not None and InstructionTranslator.current_tx().f_code.co_name.startswith("torch_dynamo_resume")
+    return list(names), not resumes and (reason is None or not reason.graph_break)
+
+
+def _is_bucket(gm: fx.GraphModule) -> bool:
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason is not None and "DDPOptimizer" in reason.reason
+
+
+def _dynamo_graph() -> fx.Graph:
+    """The graph that Dynamo is compiling now, whole where DDP's buckets have cut it."""
+    return InstructionTranslator.current_tx().output.graph
+
+
+def _source_name(node: fx.Node) -> str | None:
+    """The qualified name of an input, where Dynamo knows where it came from."""
+    origin = getattr(node.meta.get("grapharg"), "source", None)
+    if origin is None:
+        return None
+    source = origin.name
     parts = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", source)
     return ".".join(parts) if parts else re.sub(r"^[LG]\['\w+'\]\.?", "", source)
 

@@ -19,7 +19,7 @@ EXAMPLES = {
 
 
 def test_the_guide_is_what_make_docs_writes() -> None:
-    command = [sys.executable, str(ROOT / "docs" / "make_architecture.py"), "--check", "docs/architecture.md"]
+    command = [sys.executable, str(ROOT / "docs" / "make_docs.py"), "--check", "docs/architecture.md"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n`make docs` brings the guide up to date"
 

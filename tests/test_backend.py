@@ -122,7 +122,7 @@ def test_report_and_log(caplog: pytest.LogCaptureFixture) -> None:
     report = swcompile.reports()[-1]
     assert report.summary() == "switchback: int8 in 4 of 5 output, 4 of 5 grad_input, 0 of 5 grad_weight"
     assert report.summary() in caplog.text
-    assert "blocks.{0-1}.up.weight" in str(report) and "include='head.weight' asks for it" in str(report)
+    assert "blocks.{0-1}.up.weight" in str(report) and "include='*' asks for it" in str(report)
     rows = report.as_dict()["matmuls"]
     assert [row["shape"] for row in rows if row["parameter"] == "head.weight"] == [
         (TOKENS, 10, WIDTH), (TOKENS, WIDTH, 10), (10, WIDTH, TOKENS),
@@ -305,6 +305,31 @@ def test_inductor_options_pass_through() -> None:
     inductor = {"epilogue_fusion": False, "post_grad_custom_post_pass": spy}
     torch.compile(model, backend="switchback", options={"inductor": inductor, **EVERY})(x)
     assert seen == {"epilogue_fusion": False}
+
+
+def test_a_hook_of_the_user_still_runs() -> None:
+    model, x = make()
+    seen = []
+    torch.compile(
+        model, backend="switchback", options={"inductor": {"joint_custom_pre_pass": lambda graph: seen.append(len(graph.nodes))}}
+    )(x)
+    with torch._inductor.config.patch(joint_custom_pre_pass=lambda graph: seen.append(-1)):
+        torch._dynamo.reset()
+        torch.compile(model, backend="switchback", options=EVERY)(x)
+    assert len(seen) == 2 and seen[0] > 0 and seen[1] == -1
+
+
+def test_strict_patterns_may_match_in_another_graph_of_a_broken_model() -> None:
+    class Broken(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self.up(self.norm(x))
+            torch._dynamo.graph_break()
+            return x + self.down(nn.functional.gelu(hidden))
+
+    options = {"include": ["up.*", "down.*"], "strict": True, **EVERY}
+    with pytest.warns(UserWarning, match="matches no parameter of this graph"):
+        torch.compile(Broken(), backend="switchback", options=options)(torch.randn(TOKENS, WIDTH))
+    assert [r.num_rewritten(Role.OUTPUT) for r in swcompile.reports()[-2:]] == [1, 1]
 
 
 def test_deepcopy_saving_and_loading() -> None:

@@ -19,10 +19,10 @@ from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import swcompile
-import swcompile.kernels
 from swcompile import Decision, Role, format_graph, joint_passes, make_recipe, pipeline, run_passes
 from swcompile.graph import name_parameters
 from swcompile.joint import JointPass
+from swcompile.kernels import library
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
 from swcompile.pipeline import PassResult, emit
 
@@ -186,11 +186,11 @@ def test_graph_of_symbolic_sizes_as_text() -> None:
 @pytest.fixture
 def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the package's sources, which the fingerprint is then taken of."""
-    package, kernels = Path(pipeline.__file__).parent, Path(swcompile.kernels.__file__ or "").parent
+    package, kernels = Path(pipeline.__file__).parent, Path(library.__file__).parent
     shutil.copytree(package, tmp_path / "swcompile", ignore=shutil.ignore_patterns("kernels"))
     shutil.copytree(kernels, tmp_path / "kernels")
     monkeypatch.setattr(pipeline, "__file__", str(tmp_path / "swcompile" / "pipeline.py"))
-    monkeypatch.setattr(swcompile.kernels, "__file__", str(tmp_path / "kernels" / "__init__.py"))
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "kernels" / "library.py"))
     return tmp_path
 
 

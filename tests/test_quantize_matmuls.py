@@ -159,7 +159,7 @@ SCORES = Model(lambda m, x: x @ x.T + m.bias, bias=torch.randn(1))
 LEFT = {
     "excluded": (LINEAR, X, {"exclude": ["b*", "w*"]}, "excluded by 'w*'"),
     "not included": (LINEAR, X, {"include": "other*"}, "no include pattern matches"),
-    "head": (LINEAR, X, {"include": None}, "last matmul before the output; include='weight' asks for it"),
+    "head": (LINEAR, X, {"include": None}, "last matmul before the output; include='*' asks for it"),
     "scores": (SCORES, X, {}, "neither operand is a parameter"),
     "derived": (DERIVED, X, {}, "neither operand is a parameter"),
 }
@@ -228,6 +228,7 @@ def test_a_prediction_decides_where_slower_ones_are_skipped(ratio: float) -> Non
     def predict(candidates: Sequence[Any], others: Sequence[Any]) -> list[float]:
         seen.update({(c.matmul.parameter, c.matmul.role): c.sharers for c in candidates})
         assert {c.gemm.weight for c in candidates} == {Scaling.TENSOR}
+        assert [m.role for m in others] == [Role.GRAD_WEIGHT] * 4
         return [ratio] * len(candidates)
 
     for include, asked in ((None, False), ("*", True)):

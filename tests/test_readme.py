@@ -21,7 +21,7 @@ def _table(header: str) -> list[list[str]]:
 
 
 def test_snippets_run_and_print_what_is_shown() -> None:
-    command = [sys.executable, str(ROOT / "docs" / "make_architecture.py"), "--check", "README.md"]
+    command = [sys.executable, str(ROOT / "docs" / "make_docs.py"), "--check", "README.md"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n`make docs` brings the README up to date"
 

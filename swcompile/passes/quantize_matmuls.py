@@ -116,7 +116,9 @@ def _decide(matmul: Matmul, recipe: Recipe, heads: set[str]) -> Decision:
     if matmul.is_int8:
         return dataclasses.replace(kept, rewritten=True, reason="int8 already")
     if matmul.role is Role.OTHER or matmul.parameter is None:
-        return dataclasses.replace(kept, reason="neither operand is a parameter")
+        known = facts.parameters(matmul.node.graph)
+        reason = "neither operand is a parameter" if known else "no parameter is known in this graph"
+        return dataclasses.replace(kept, reason=reason)
     gemm = recipe.format_of(matmul.role)
     if gemm is None:
         sums = f" (sums over {matmul.shape[2]} tokens)" if matmul.role is Role.GRAD_WEIGHT else ""
@@ -128,8 +130,7 @@ def _decide(matmul: Matmul, recipe: Recipe, heads: set[str]) -> Decision:
     if not asked and recipe.include is not None:
         return dataclasses.replace(kept, reason="no include pattern matches")
     if not asked and matmul.parameter in heads:
-        reason = f"last matmul before the output; include={matmul.parameter!r} asks for it"
-        return dataclasses.replace(kept, reason=reason)
+        return dataclasses.replace(kept, reason="last matmul before the output; include='*' asks for it")
     impossible = _impossible(matmul)
     if impossible:
         return dataclasses.replace(kept, reason=impossible, violation=True)

@@ -1,7 +1,7 @@
 """Runs the Python blocks of the documents and puts what they print into the text blocks below them.
 
-    python docs/make_architecture.py                     # rewrite README.md and docs/architecture.md
-    python docs/make_architecture.py --check README.md   # change nothing; show differences and fail if there are any
+    python docs/make_docs.py                     # rewrite README.md and docs/architecture.md
+    python docs/make_docs.py --check README.md   # change nothing; show differences and fail if there are any
 
 The Python blocks of a document run from top to bottom in one namespace, as a reader would type them in. A ``text``
 block holds the output of the Python block before it; a Python block without one must print nothing. Everything runs
