@@ -118,8 +118,11 @@ def _accumulate(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
     """``a @ b.T`` of int8, exact, then as float32: rounded once, where a sum exceeds 2^24."""
     (num_rows, num_summed), num_columns = a_MK.shape, b_NK.shape[0]
     if a_MK.device.type == "cpu":
-        if _cpu_multiplies_int8() or num_summed == 0:
-            return torch._int_mm(a_MK, b_NK.t()).float()
+        if num_summed == 0:
+            return a_MK.new_zeros((num_rows, num_columns), dtype=torch.float32)
+        # The vector instructions' library takes neither empty operands nor strides that say little of the layout.
+        if _cpu_multiplies_int8() and min(num_rows, num_columns, num_summed) > 1:
+            return torch._int_mm(a_MK.contiguous(), b_NK.contiguous().t()).float()
         parts = zip(a_MK.split(_EXACT_IN_FLOAT32, 1), b_NK.split(_EXACT_IN_FLOAT32, 1), strict=True)
         products = (a.float() @ b.float().t() for a, b in parts)
         accumulator = next(products)

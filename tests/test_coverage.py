@@ -29,8 +29,9 @@ def test_every_linear_layer_is_rewritten(name: str) -> None:
     case = make(name, "cpu", num_layers=2)
     joint = swcompile.capture(case.model, kwargs=case.kwargs)
     before = matmuls(joint.graph)
-    num_other = sum(m.role is Role.OTHER for m in before)
-    assert num_other == case.num_other
+    # Rotary embedding's outer product (K = 1) is a matmul in some versions of transformers.
+    num_outer = sum(m.role is Role.OTHER and m.shape[2] == 1 for m in before)
+    assert sum(m.role is Role.OTHER for m in before) - num_outer == case.num_other
     decisions = joint.run_passes(swcompile.joint_passes(swcompile.make_recipe({"skip_slower": False})))
 
     after = matmuls(joint.graph)
@@ -40,7 +41,7 @@ def test_every_linear_layer_is_rewritten(name: str) -> None:
     plain = {role: sum(m.role is role and not m.is_int8 for m in after) for role in Role}
     assert plain[Role.OUTPUT] == plain[Role.GRAD_INPUT] == case.num_heads
     assert plain[Role.GRAD_WEIGHT] == case.num_linears + case.num_heads
-    assert plain[Role.OTHER] == case.num_other
+    assert plain[Role.OTHER] == case.num_other + num_outer
     assert all(d.parameter in dict(case.model.named_parameters(remove_duplicate=False)) for d in decisions if d.role is not Role.OTHER)
 
 

@@ -18,10 +18,6 @@ def test_a_second_import_under_another_name_fails_loudly():
     assert torch.ops.swcompile.quantize_rowwise.default is QUANTIZE_ROWWISE
 
 
-def test_nothing_imports_kernels_by_its_bare_name():
-    assert "kernels" not in sys.modules
-
-
 def test_old_gpu(monkeypatch):
     turing = launch.DeviceFacts("Tesla T4", (7, 5), 40)
     monkeypatch.setattr(launch, "device_facts", lambda device: turing)
