@@ -57,7 +57,7 @@ SIZES = {
         image_size=32,
         patch_size=8,
         batch_size=128,
-        num_steps=500,
+        num_steps=400,
         learning_rate=1e-3,
     ),
     "small": ClipSize(

@@ -206,9 +206,9 @@ class _Rewriter:
             bias, rest = (None, self._addend(matmul)) if swap else self._bias(matmul)
             out = emit(self.graph, SCALED_MM, a_q, b_q, a_scale, b_scale, bias, value.dtype, like=node)
             if swap:
-                out = self._untranspose(out, value, node)
+                out = self._untranspose(out, matmul)
             elif value.dim() == 3:
-                out = emit(self.graph, aten.view.default, out, list(value.shape), like=node)
+                out = emit(self.graph, aten.view.default, out, [self._batch(matmul), -1, value.shape[2]], like=node)
             if rest is not None:
                 out = self._add(out, rest, like=node)
         node.replace_all_uses_with(out)
@@ -224,18 +224,23 @@ class _Rewriter:
         if batch == 1 or left == matmul.weight_on_left:
             return emit(self.graph, aten.select.int, operand, 0, 0, like=like)
         if left:
-            return emit(self.graph, aten.reshape.default, operand, [batch * rows, columns], like=like)
+            return emit(self.graph, aten.reshape.default, operand, [-1, columns], like=like)
         moved = emit(self.graph, aten.permute.default, operand, [0, 2, 1], like=like)
-        folded = emit(self.graph, aten.reshape.default, moved, [batch * columns, rows], like=like)
-        return self._transpose(folded, like)
+        return self._transpose(emit(self.graph, aten.reshape.default, moved, [-1, rows], like=like), like)
 
-    def _untranspose(self, out: fx.Node, value: torch.Tensor, like: fx.Node) -> fx.Node:
+    def _batch(self, matmul: Matmul) -> int | fx.Node:
+        """The number of matrices in a batched matmul; a symbolic one as a node, which a graph's arguments must be."""
+        size = matmul.node.meta["val"].shape[0]
+        return size if isinstance(size, int) else emit(self.graph, aten.sym_size.int, matmul.lhs, 0, like=matmul.node)
+
+    def _untranspose(self, out: fx.Node, matmul: Matmul) -> fx.Node:
         """From [batch * columns, rows] to the layout that the original matmul gave."""
+        like = matmul.node
+        value = like.meta["val"]
         if value.dim() == 2:
             moved = emit(self.graph, aten.permute.default, out, [1, 0], like=like)
         else:
-            batch, rows, columns = value.shape
-            split = emit(self.graph, aten.view.default, out, [batch, columns, rows], like=like)
+            split = emit(self.graph, aten.view.default, out, [self._batch(matmul), -1, value.shape[1]], like=like)
             moved = emit(self.graph, aten.permute.default, split, [0, 2, 1], like=like)
         return emit(self.graph, aten.clone.default, moved, memory_format=torch.contiguous_format, like=like)
 
