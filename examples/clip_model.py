@@ -51,13 +51,13 @@ class ClipSize:
 
 SIZES = {
     "tiny": ClipSize(
-        vision=Tower(width=128, num_layers=3, num_heads=2),
+        vision=Tower(width=192, num_layers=2, num_heads=3),
         text=Tower(width=128, num_layers=2, num_heads=2),
         embed_dim=128,
         image_size=32,
         patch_size=8,
         batch_size=128,
-        num_steps=400,
+        num_steps=300,
         learning_rate=1e-3,
     ),
     "small": ClipSize(
