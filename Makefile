@@ -14,7 +14,7 @@ demo: $(ready)
 	$(RUN) examples/train_clip.py
 
 test: lint
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist worksteal
 
 lint: $(ready)
 	$(RUN) -m ruff check .

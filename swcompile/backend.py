@@ -66,20 +66,18 @@ def switchback(
     retrace = _Retrace(gm, example_inputs, passes, names)
     report = Report(recipe.name, find=retrace)
     _reports.append(report)
-
-    def on_decisions(decisions: list[Decision]) -> None:
-        report.record(decisions)
-        log.info("%s", report.summary())
-
     joint_pass = JointPass(
         passes,
         names=names,
         identity=rates_fingerprint(devices, _dtypes(gm, devices)) if recipe.skip_slower and names else "",
         before=patches.pop("joint_custom_pre_pass", None),
         strict=recipe.strict,
-        on_decisions=on_decisions,
+        on_decisions=report.record,
     )
-    return compile_fx(gm, example_inputs, config_patches=patches | {"joint_custom_pre_pass": joint_pass})
+    compiled = compile_fx(gm, example_inputs, config_patches=patches | {"joint_custom_pre_pass": joint_pass})
+    # A summary of what no pass has seen would trace the graph again: left to who asks.
+    log.info("%s", report.summary() if report.is_recorded else f"{recipe.name}: from the cache; see swcompile.reports()")
+    return compiled
 
 
 def _dtypes(gm: fx.GraphModule, devices: Iterable[torch.device]) -> set[torch.dtype]:

@@ -60,6 +60,11 @@ class Report:
             self._find = None
         return self._decisions
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether passes have run, or the decisions of those that ran earlier have been found again."""
+        return self._decisions is not None
+
     def record(self, decisions: Iterable[Decision]) -> None:
         """Add the decisions of one graph."""
         self._decisions = [*(self._decisions or ()), *decisions]

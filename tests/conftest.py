@@ -3,11 +3,17 @@
 import os
 from collections.abc import Iterator
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the workers share the cores; read when torch is imported
+    threads = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+
+from swcompile import backend
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,6 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_compilations_from_other_tests() -> Iterator[None]:
-    """Hugging Face models share code objects, and Dynamo limits the compilations of one."""
+    """Hugging Face models share code objects, and Dynamo limits the compilations of one; `reports` are a test's own."""
     yield
     torch._dynamo.reset()
+    backend._reports.clear()

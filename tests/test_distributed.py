@@ -1,6 +1,5 @@
 """Data parallel on two CPU processes is one process with the joined batch, within the rounding of int8."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ def train(rank: int, world: int, folder: str, wrap: str) -> None:
     model: Any = Model(width=WIDTH)
     options = {"backend": "switchback", "options": EVERY}
     if world > 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1"}
         store = dist.FileStore(f"{folder}/store", world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     if world == 1:
@@ -50,7 +48,8 @@ def train(rank: int, world: int, folder: str, wrap: str) -> None:
 
 
 @pytest.mark.parametrize("wrap", ["compile(ddp)", "ddp(compile)"])
-def test_two_processes_equal_one(wrap: str, tmp_path: Path) -> None:
+def test_two_processes_equal_one(wrap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     mp.spawn(train, args=(2, str(tmp_path), wrap), nprocs=2)
     mp.spawn(train, args=(1, str(tmp_path), wrap), nprocs=1)
     start = {name: p.detach() for name, p in _fresh().named_parameters()}

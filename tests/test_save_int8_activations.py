@@ -142,7 +142,7 @@ def test_the_forward_keeps_activations_in_int8_and_weights_never(recipe: str) ->
 
 
 class Attention(nn.Module):
-    """A packed projection, attention, and a projection of its output, which attention's own backward reads too."""
+    """A packed projection, attention, and a projection of its output, which attention's backward reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ def test_what_the_backward_reads_anyway_is_not_kept_twice() -> None:
     torch.manual_seed(0)
     model, x = Attention().bfloat16(), torch.randn(2, NUM_TOKENS, WIDTH, dtype=torch.bfloat16)
     kept = {recipe: saved(model, x, recipe) for recipe in ("switchback", "switchback_m")}
-    # The projections' input goes from 2 bytes an element to 1, and 4 a row; attention's operands and output stay.
+    # The first input goes from 2 bytes an element to 1, and 4 a row; attention's operands and output stay.
     saving = x.numel() - 4 * 2 * NUM_TOKENS
     assert num_bytes(kept["switchback"]) - num_bytes(kept["switchback_m"]) == saving
     assert [t.numel() for t in kept["switchback_m"] if t.dtype == torch.int8] == [x.numel()]
