@@ -5,33 +5,53 @@
 
 from swcompile.backend import reports, switchback
 from swcompile.capture import JointGraph, capture, explain
+from swcompile.forward import ForwardGraph, capture_forward
 from swcompile.joint import StrictError
 from swcompile.passes import joint_passes
+from swcompile.passes.insert_layer_scale import insert_layer_scale
+from swcompile.passes.insert_qk_layernorm import insert_qk_layernorm
 from swcompile.passes.quantize_matmuls import quantize_matmuls
 from swcompile.passes.save_int8_activations import save_int8_activations
 from swcompile.pipeline import PassResult, format_graph, run_passes
-from swcompile.recipe import RECIPES, GemmFormat, Recipe, Role, Scaling, make_recipe
+from swcompile.prepare import merge_layer_scale, prepare, prepared, strip
+from swcompile.recipe import RECIPES, GemmFormat, Recipe, Role, Scaling, Stabilizer, make_recipe
 from swcompile.report import Decision, Report
+from swcompile.stabilizers import LayerScale, LayerScaleOptions, Norm, Over, QKLayernormOptions, QKNorm
 
 __all__ = [
     "RECIPES",
     "Decision",
+    "ForwardGraph",
     "GemmFormat",
     "JointGraph",
+    "LayerScale",
+    "LayerScaleOptions",
+    "Norm",
+    "Over",
     "PassResult",
+    "QKLayernormOptions",
+    "QKNorm",
     "Recipe",
     "Report",
     "Role",
     "Scaling",
+    "Stabilizer",
     "StrictError",
     "capture",
+    "capture_forward",
     "explain",
     "format_graph",
+    "insert_layer_scale",
+    "insert_qk_layernorm",
     "joint_passes",
     "make_recipe",
+    "merge_layer_scale",
+    "prepare",
+    "prepared",
     "quantize_matmuls",
     "reports",
     "run_passes",
     "save_int8_activations",
+    "strip",
     "switchback",
 ]

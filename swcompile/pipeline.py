@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 import swcompile.kernels.library
 from swcompile import graph as facts
@@ -115,7 +115,27 @@ def emit(
     return node
 
 
+def emit_module(graph: fx.Graph, path: str, module: nn.Module, argument: fx.Node) -> fx.Node:
+    """Add a call of a module, registered in the graph's own under `path`, that keeps its argument's shape and dtype.
+
+    Args:
+        graph: where to, at its insertion point.
+        path: the module's name; one that is there already is called again.
+        module: the module.
+        argument: what to call it with.
+    """
+    root = graph.owning_module
+    assert root is not None
+    if path not in dict(root.named_modules()):
+        root.add_submodule(path, module)
+    node = graph.call_module(path, (argument,))
+    node.meta = {key: argument.meta[key] for key in _ORIGIN if key in argument.meta}
+    node.meta["val"] = argument.meta["val"].clone()
+    return node
+
+
 _ORIGIN = (
+    "calls",
     "stack_trace",
     "nn_module_stack",
     "fwd_nn_module_stack",
@@ -177,6 +197,8 @@ def format_graph(graph: fx.Graph) -> str:
             what = f"parameter {known[node]}" if node in known else _placeholder_kind(node)
         elif node.op == "get_attr":
             what = f"attribute {node.target}"
+        elif node.op == "call_module":
+            what = f"{node.target}({', '.join(_format_argument(value, names) for value in node.args)})"
         else:
             arguments = [_format_argument(value, names) for value in node.args]
             arguments += [f"{key}={_format_argument(value, names)}" for key, value in node.kwargs.items()]

@@ -8,6 +8,15 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
+class Stabilizer(enum.Enum):
+    """What `swcompile.prepare` inserts."""
+
+    LAYER_SCALE = "layer_scale"
+    """A factor a feature, at the end of a residual branch."""
+    QK_LAYERNORM = "qk_layernorm"
+    """A norm of attention's queries and one of its keys."""
+
+
 class Role(enum.Enum):
     """What a matmul is for. The three GEMMs of a linear layer, and everything else."""
 
@@ -139,7 +148,7 @@ def make_recipe(options: Mapping[str, Any]) -> Recipe:
     changes: dict[str, Any] = {}
     for option in ("include", "exclude"):
         if options.get(option) is not None:
-            changes[option] = _patterns(option, options[option])
+            changes[option] = patterns(option, options[option])
     for option in ("strict", "skip_slower"):
         if option in options:
             if not isinstance(options[option], bool):
@@ -153,8 +162,9 @@ def closest(word: str, known: Iterable[str]) -> str:
     return difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)[0]
 
 
-def _patterns(option: str, value: Any) -> tuple[str, ...]:
-    patterns = (value,) if isinstance(value, str) else tuple(value)
-    if not all(isinstance(pattern, str) for pattern in patterns):
+def patterns(option: str, value: Any) -> tuple[str, ...]:
+    """The value of an option that takes a glob or several."""
+    globs = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(glob, str) for glob in globs):
         raise ValueError(f"option {option!r} is {value!r}; it takes a glob or a list of globs")
-    return patterns
+    return globs

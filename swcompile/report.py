@@ -7,23 +7,24 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from swcompile.recipe import Role
+from swcompile.recipe import Role, Stabilizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """What happened to one matmul."""
+    """What happened to one matmul, or at one site for a stabiliser."""
 
     node: str
     """Name of the graph node before the rewrite."""
-    role: Role
+    role: Role | Stabilizer
     parameter: str | None
-    """Qualified name of the weight, where the matmul has one."""
-    shape: tuple[int, int, int]
-    """(M, N, K) as executed, symbolic sizes by their example values."""
+    """Qualified name of the weight, where the matmul has one; of the module, at a site."""
+    shape: tuple[int, ...]
+    """(M, N, K) as executed, symbolic sizes by their example values; at a site, of what is inserted."""
     dtype: str
     """dtype of the result."""
     rewritten: bool
+    """The matmul runs in int8; the stabiliser is inserted."""
     reason: str
     """Why it was rewritten or not, with the number that decided."""
     speedup: float | None = None
@@ -69,7 +70,7 @@ class Report:
         """Add the decisions of one graph."""
         self._decisions = [*(self._decisions or ()), *decisions]
 
-    def num_rewritten(self, role: Role | None = None) -> int:
+    def num_rewritten(self, role: Role | Stabilizer | None = None) -> int:
         """How many matmuls run in int8, of one role or of all."""
         return sum(d.rewritten for d in self.decisions if role in (None, d.role))
 
@@ -78,6 +79,7 @@ class Report:
         if not self.decisions:
             return f"{self.recipe}: no matmul in this graph"
         counts = []
+        has_matmuls = any(isinstance(d.role, Role) for d in self.decisions)
         for role in (Role.OUTPUT, Role.GRAD_INPUT, Role.GRAD_WEIGHT):
             of_role = [d for d in self.decisions if d.role is role]
             if of_role:
@@ -85,7 +87,11 @@ class Report:
         others = sum(d.role is Role.OTHER for d in self.decisions)
         if others:
             counts.append(f"{others} other left alone")
-        return f"{self.recipe}: int8 in " + ", ".join(counts)
+        for stabilizer in Stabilizer:
+            of_kind = sum(d.role is stabilizer for d in self.decisions)
+            if of_kind:
+                counts.append(f"{stabilizer.value} in {self.num_rewritten(stabilizer)} of {of_kind}")
+        return f"{self.recipe}: " + ("int8 in " if has_matmuls else "") + ", ".join(counts)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data: the recipe's name and a list with one entry a matmul."""
@@ -95,7 +101,9 @@ class Report:
     def __str__(self) -> str:
         if not self.decisions:
             return self.summary()
+        has_matmuls = any(isinstance(d.role, Role) for d in self.decisions)
         header = ("weight", "matmul", "count", "M x N x K", "runs in", "speed-up", "reason")
+        header = header if has_matmuls else ("module", "site", "count", "size", "", "", "reason")
         rows = [_row(group) for group in _folded(self.decisions)]
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
         align = [str.ljust, str.ljust, str.rjust, str.rjust, str.ljust, str.rjust, str.ljust]
@@ -131,7 +139,7 @@ def _row(group: Sequence[Decision]) -> tuple[str, ...]:
         first.role.value,
         str(len(group)),
         " x ".join(str(size) for size in first.shape),
-        "int8" if first.rewritten else first.dtype,
+        ("int8" if first.rewritten else first.dtype) if isinstance(first.role, Role) else "",
         "" if first.speedup is None else f"{first.speedup:.2f}",
         first.reason,
     )
