@@ -5,52 +5,18 @@ carry by itself: the qualified names of its parameters.
 """
 
 import dataclasses
-import operator
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import networkx
 import torch
 from torch import fx
 from torch._functorch._aot_autograd import descriptors
 
-from swcompile.kernels.quantize_columnwise import QUANTIZE_COLUMNWISE_TRANSPOSE
-from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
-from swcompile.kernels.quantize_tensorwise import QUANTIZE_TENSORWISE, QUANTIZE_TENSORWISE_TRANSPOSE
 from swcompile.kernels.scaled_mm import SCALED_MM
 from swcompile.recipe import Role
+from swcompile.values import CASTS, VIEWS, derivation, parameter_root, parameters_alone
 
 aten = torch.ops.aten
-prims = torch.ops.prims
-
-ALIASES = {
-    aten.alias.default,
-    aten.detach.default,
-    aten.expand.default,
-    aten.permute.default,
-    aten.select.int,
-    aten.slice.Tensor,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.t.default,
-    aten.transpose.int,
-    aten.unsqueeze.default,
-    aten.view.default,
-}
-"""Ops whose result shares its first argument's memory."""
-
-_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, operator.getitem}
-_COPIES = {aten.clone.default, aten._unsafe_view.default, aten.reshape.default}
-CASTS = {prims.convert_element_type.default, aten._to_copy.default}
-QUANTIZERS = {
-    QUANTIZE_COLUMNWISE_TRANSPOSE,
-    QUANTIZE_ROWWISE,
-    QUANTIZE_TENSORWISE,
-    QUANTIZE_TENSORWISE_TRANSPOSE,
-}
-VIEWS = ALIASES | _SPLITS | _COPIES
-"""Ops that move or rename elements of their first argument, and do nothing else."""
 
 _GRADIENT_SUMS = {
     aten.add.Tensor,
@@ -81,9 +47,10 @@ class Matmul:
 
     node: fx.Node
     role: Role
+    weight: fx.Node | None = None
+    """The parameter: the operand in ``output`` and ``grad_input``, the result's owner in ``grad_weight``."""
     parameter: str | None = None
-    """Qualified name of the weight: the operand in ``output`` and ``grad_input``, the result's owner in
-    ``grad_weight``."""
+    """Its qualified name, which two parameters of a graph may share."""
     weight_on_left: bool = False
     """The weight (in ``grad_weight``: the activation) is the left operand."""
 
@@ -164,12 +131,13 @@ def parameters(graph: fx.Graph) -> dict[fx.Node, str]:
 def matmuls(graph: fx.Graph) -> list[Matmul]:
     """Every matmul of the graph with its role, in graph order.
 
-    Roles: ``output`` if an operand derives from a parameter through views and casts alone; ``grad_input`` likewise
-    if the other operand depends on a tangent; ``grad_weight`` if the result flows into a parameter's gradient;
-    ``other`` for the rest (attention, and products of two activations).
+    Roles: ``output`` if an operand derives from a parameter through views and casts alone, and the other one not
+    from parameters alone; ``grad_input`` likewise if the other operand depends on a tangent; ``grad_weight`` if the
+    result flows into a parameter's gradient; ``other`` for the rest (attention, and products of two activations).
     """
     names = parameters(graph)
     backward = backward_nodes(graph)
+    alone = parameters_alone(graph, names)
     owners = _gradient_owners(graph, names)
     weights: set[fx.Node] = set()
     found = []
@@ -184,50 +152,25 @@ def matmuls(graph: fx.Graph) -> list[Matmul]:
             left, right = (root if root in weights else None for root in (left, right))
             if lhs in backward and rhs in backward:
                 left = right = None
-        role, parameter = Role.OTHER, None
-        if left or right:
+        elif alone.get(lhs) and alone.get(rhs):
+            left = right = None  # part of how a weight is computed (merged LoRA), or learned queries
+        role, weight = Role.OTHER, right or left
+        if weight:
             role = Role.GRAD_INPUT if node in backward else Role.OUTPUT
-            root = right or left
-            assert root is not None
-            parameter = names[root]
             if role is Role.OUTPUT:
-                weights.add(root)
+                weights.add(weight)
         elif (lhs in backward) != (rhs in backward) and (owner := _owner(node, owners)) in weights:
-            assert owner is not None
-            role, parameter = Role.GRAD_WEIGHT, names[owner]
+            role, weight = Role.GRAD_WEIGHT, owner
         found.append(
             Matmul(
                 node=node,
                 role=role,
-                parameter=parameter,
+                weight=weight,
+                parameter=names[weight] if weight else None,
                 weight_on_left=(rhs in backward) if role is Role.GRAD_WEIGHT else left is not None and not right,
             )
         )
     return found
-
-
-def parameter_root(node: fx.Node, names: Mapping[fx.Node, str]) -> fx.Node | None:
-    """The parameter that a node derives from through views and casts alone."""
-    *_, root = derivation(node)
-    return root if root in names else None
-
-
-def derivation(node: fx.Node) -> Iterator[fx.Node]:
-    """The node, then what it is a view, cast or quantised form of, and so on to the first node that is none."""
-    yield node
-    while node.op == "call_function" and node.target in VIEWS | CASTS | QUANTIZERS:
-        (node, *_) = node.all_input_nodes
-        yield node
-
-
-def memory_of(node: fx.Node) -> tuple[Any, ...]:
-    """A key that is equal for two nodes exactly if both are the same elements of the same memory."""
-    value = node.meta["val"]
-    base = node
-    while base.op == "call_function" and base.target in ALIASES:
-        (base, *_) = base.all_input_nodes
-    layout = (tuple(value.shape), value.stride(), value.storage_offset())
-    return base, str(layout)
 
 
 def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -241,28 +184,41 @@ def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def heads(graph: fx.Graph, found: Iterable[Matmul]) -> set[str]:
-    """Names of the weights whose matmul is the last before the model's output.
+def heads(graph: fx.Graph, found: Iterable[Matmul]) -> set[fx.Node]:
+    """The matmuls that are the last before the model's output, and those of the backward that belong to them.
 
     A head has no other linear layer after it and does not end in a residual add, so the last layer of a block
-    without a head behind it is not one.
+    without a head behind it is not one. Of a layer that is applied several times, only the last use is.
     """
+    found = list(found)
     names = parameters(graph)
     backward = backward_nodes(graph)
     flow = networkx.DiGraph()
     for node in graph.nodes:
         if node not in backward and node.op != "output":
             flow.add_edges_from((source, node) for source in node.all_input_nodes)
-    outputs = {matmul.node: matmul for matmul in found if matmul.role is Role.OUTPUT}
+    uses = [matmul for matmul in found if matmul.role is Role.OUTPUT]
+    outputs = {matmul.node for matmul in uses}
     leads_on: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
         if any(user in outputs or user in leads_on for user in node.users if user not in backward):
             leads_on.add(node)
-    return {
-        matmul.parameter
-        for node, matmul in outputs.items()
-        if matmul.parameter and node not in leads_on and not _joins_residual(flow, node, names)
-    }
+    last = {node for node in outputs if node not in leads_on and not _joins_residual(flow, node, names)}
+    gradients = [matmul for matmul in found if matmul.role in (Role.GRAD_INPUT, Role.GRAD_WEIGHT)]
+    return last | {matmul.node for matmul in gradients if _forward_use(matmul, uses) in last}
+
+
+def _forward_use(gradient: Matmul, uses: Iterable[Matmul]) -> fx.Node | None:
+    """The forward matmul to which one of the backward belongs, or None where autograd does not tell.
+
+    Of a weight's several uses it is the one with autograd's sequence number, which both directions of an op carry.
+    """
+    of_weight = [use.node for use in uses if use.weight is gradient.weight]
+    if len(of_weight) == 1:
+        return of_weight[0]
+    number = gradient.node.meta.get("seq_nr")
+    matching = [node for node in of_weight if number is not None and node.meta.get("seq_nr") == number]
+    return matching[0] if matching else None
 
 
 def _joins_residual(flow: networkx.DiGraph, node: fx.Node, names: Mapping[fx.Node, str]) -> bool:

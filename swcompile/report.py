@@ -123,8 +123,10 @@ def _folded(decisions: Iterable[Decision]) -> list[list[Decision]]:
     groups = collections.defaultdict(list)
     for decision in decisions:
         name = re.sub(r"\d+", "#", decision.parameter or "")
+        # Without a weight, the numbers in a reason are those of parameters' names.
+        reason = decision.reason if decision.parameter else re.sub(r"\d+", "#", decision.reason)
         speedup = None if decision.speedup is None else round(decision.speedup, 2)
-        key = (name, decision.role, decision.shape, decision.dtype, decision.rewritten, decision.reason, speedup)
+        key = (name, decision.role, decision.shape, decision.dtype, decision.rewritten, reason, speedup)
         groups[key].append(decision)
     order: dict[str, int] = {}
     for key in groups:
@@ -141,7 +143,7 @@ def _row(group: Sequence[Decision]) -> tuple[str, ...]:
         " x ".join(str(size) for size in first.shape),
         ("int8" if first.rewritten else first.dtype) if isinstance(first.role, Role) else "",
         "" if first.speedup is None else f"{first.speedup:.2f}",
-        first.reason,
+        first.reason if first.parameter else _folded_name([d.reason for d in group]),
     )
 
 

@@ -69,6 +69,36 @@ def test_zero_tokens_and_then_some() -> None:
     assert_right(model, torch.randn(2, 5, IN), call=compiled)
 
 
+class OneWeight(nn.Module):
+    """A function of an input and a weight."""
+
+    def __init__(self, call: Callable[..., torch.Tensor]):
+        super().__init__()
+        self.call = call
+        self.weight = nn.Parameter(torch.randn(OUT, IN))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(x, self.weight)
+
+
+BATCHED: dict[str, Callable[..., torch.Tensor]] = {
+    "bmm": lambda x, w: torch.bmm(x, w.t().expand(x.shape[0], IN, OUT)),
+    "bmm, weight on the left": lambda x, w: torch.bmm(w.expand(x.shape[0], OUT, IN), x.mT).mT,
+    "baddbmm": lambda x, w: torch.baddbmm(w.new_ones(OUT), x, w.t().expand(x.shape[0], IN, OUT)),
+    "einsum": lambda x, w: torch.einsum("bti,oi->bto", x, w),
+    "einsum, weight first": lambda x, w: torch.einsum("oi,bti->bto", w, x),
+}
+
+
+@pytest.mark.parametrize("how", BATCHED)
+@pytest.mark.parametrize("shape", [(0, 5, IN), (3, 0, IN)])
+def test_zero_tokens_in_a_batch(how: str, shape: tuple[int, ...]) -> None:
+    model = OneWeight(BATCHED[how])
+    out, grad_x, grad_weight = run(compile_(model, strict=True), model, torch.empty(shape))
+    assert out.shape == (*shape[:2], OUT) and grad_x.shape == shape
+    assert torch.equal(grad_weight, torch.zeros(OUT, IN))
+
+
 @pytest.mark.parametrize("shape", [(1, IN), (IN,), (1, 1, IN)])
 def test_one_token(shape: tuple[int, ...]) -> None:
     assert_right(layer(), torch.randn(shape))
@@ -177,6 +207,52 @@ def test_a_result_that_float16_cannot_hold_is_infinite() -> None:
     out = compile_(model)(x)
     assert_finite_nowhere_else([out], [model(x)])
     assert out[:3].isposinf().all() and out[3].isfinite().all()
+
+
+class Added(nn.Module):
+    """``addmm`` with what is added, and factors."""
+
+    def __init__(self, addend: torch.Tensor, dtype: torch.dtype = torch.float32, **factors: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(OUT, IN).to(dtype))
+        self.addend = nn.Parameter(addend.to(dtype))
+        self.factors = factors
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.addend, x, self.weight.t(), **self.factors)
+
+
+@pytest.mark.parametrize("shape", [(OUT,), (TOKENS, OUT)])
+def test_an_addend_times_zero_is_ignored_nan_and_all(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = OneWeight(lambda x, w: torch.addmm(torch.full(shape, torch.nan), x, w.t(), beta=0, alpha=2))
+    x = torch.randn(TOKENS, IN)
+    torch.testing.assert_close(compile_(model)(x), 2 * oracle.linear(x, model.weight), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (OUT,), (1, OUT), (TOKENS, 1), (TOKENS, OUT)])
+@pytest.mark.parametrize("factors", [{}, {"beta": 0.3}, {"alpha": 0.7, "beta": 0.3}], ids=str)
+def test_an_addend_of_any_shape_is_added_before_the_one_rounding(
+    shape: tuple[int, ...], factors: dict[str, float]
+) -> None:
+    torch.manual_seed(0)
+    model = Added(torch.randn(shape), torch.bfloat16, **factors)
+    x = torch.randn(TOKENS, IN).bfloat16()
+    product = oracle.linear(x.double(), model.weight.double())
+    beta, alpha = factors.get("beta", 1), factors.get("alpha", 1)
+    expected = (beta * model.addend.double() + alpha * product).bfloat16()
+    out = compile_(model)(x)
+    assert (out != expected).float().mean() < 0.01  # one rounding: only float32's own tips some to a neighbour
+    torch.testing.assert_close(out, expected, rtol=2**-7, atol=1e-3)
+    assert not torch.equal(out, model(x))
+
+
+def test_a_product_that_a_factor_brings_into_the_range_of_float16_is_finite() -> None:
+    model = Added(torch.zeros(OUT), torch.float16, alpha=1e-2)
+    with torch.no_grad():
+        model.weight.fill_(100)
+    out = compile_(model)(torch.full((TOKENS, IN), 100.0, dtype=torch.float16))
+    torch.testing.assert_close(out, torch.full((TOKENS, OUT), 3200.0, dtype=torch.float16), rtol=2**-10, atol=0)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.functional import cross_entropy, gelu, layer_norm, linear
 
 import swcompile
-from swcompile import Role, joint_passes, make_recipe
+from swcompile import Role, joint_passes, make_recipe, values
 from swcompile import graph as facts
 from swcompile.joint import JointPass, parameter_names, trace_joint
 
@@ -49,10 +49,6 @@ def roles(graph: fx.Graph) -> dict[str | None, list[Role]]:
     for matmul in facts.matmuls(graph):
         found.setdefault(matmul.parameter, []).append(matmul.role)
     return found
-
-
-def heads(graph: fx.Graph) -> list[str]:
-    return sorted(facts.heads(graph, facts.matmuls(graph)))
 
 
 def test_matmuls_of_two_layers() -> None:
@@ -100,8 +96,20 @@ ROLES: dict[str, tuple[Any, str, dict[str, Any], dict[str | None, list[Role]]]] 
     "scaled": (lambda m, x: x @ (0.5 * m.w), "", {"w": SQUARE}, {None: [OTHER] * 3}),
     "normalised": (lambda m, x: x @ (m.w / m.w.norm()), "", {"w": SQUARE}, {None: [OTHER] * 3}),
     "merged": (lambda m, x: x @ (m.w + m.v), "", {"w": SQUARE, "v": SQUARE}, {None: [OTHER] * 3}),
-    # Learned queries are an activation: their gradient is `grad_input` of the layer that reads them.
-    "queries": (queries, "a b", {"w": SQUARE}, {f"{n}.weight": ONCE for n in "ab"} | {None: [OTHER] * 6}),
+    # What is computed from parameters alone is as good as a parameter, learned queries as well as a merged LoRA.
+    "low rank": (
+        lambda m, x: x @ (m.w + m.b @ m.a),
+        "",
+        {"w": SQUARE, "a": (4, WIDTH), "b": (WIDTH, 4)},
+        {None: [OTHER] * 6},
+    ),
+    "queries": (queries, "a b", {"w": SQUARE}, {"b.weight": ONCE, None: [OTHER] * 9}),
+    "shared with queries": (
+        lambda m, x: m.a(x) @ m.a(m.w).T,
+        "a",
+        {"w": SQUARE},
+        {"a.weight": [OUTPUT] + [GRAD_INPUT] * 2 + [GRAD_WEIGHT] * 2, None: [OTHER] * 4},
+    ),
 }
 
 
@@ -142,7 +150,7 @@ HEADS: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "residual and head": (lambda m, x: m.c(residual(m, x)), ["c"]),
     "loss": (loss, ["c"]),
     "low-rank branch beside the head": (lambda m, x: m.b(h := m.a(x)) + m.d(m.c(h)), ["b", "d"]),
-    "shared by head and body": (lambda m, x: m.a(m.b(m.a(x))), ["a"]),
+    "tied": (lambda m, x: m.a(m.b(m.a(x))), ["a"]),
     "a bias that is added": (lambda m, x: m.a(x) + m.c.weight[0], ["a"]),
 }
 
@@ -151,13 +159,74 @@ HEADS: dict[str, tuple[Callable[..., Any], list[str]]] = {
 def test_heads(case: str) -> None:
     call, expected = HEADS[case]
     graph = capture(call, "a b c d", *[x_of() for _ in range(call.__code__.co_argcount - 1)])
-    assert sorted(facts.heads(graph, facts.matmuls(graph))) == [f"{name}.weight" for name in expected]
+    found = facts.matmuls(graph)
+    heads = facts.heads(graph, found)
+    for role in (OUTPUT, GRAD_INPUT, GRAD_WEIGHT):
+        of_role = sorted(m.parameter or "" for m in found if m.node in heads and m.role is role)
+        assert of_role == [f"{name}.weight" for name in expected]
+
+
+def four_times(m: Any, x: torch.Tensor) -> torch.Tensor:
+    for _ in range(4):
+        x = m.a(x).tanh()
+    return x
+
+
+def head_and_residual(m: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return x + m.a(x.sin()), m.a(x.cos())
+
+
+REPEATED = {"four times": (four_times, 3), "head and residual": (head_and_residual, 1), "tied": (HEADS["tied"][0], 1)}
+
+
+@pytest.mark.parametrize("case", REPEATED)
+def test_of_several_uses_of_a_weight_only_the_last_is_a_head(case: str) -> None:
+    call, place = REPEATED[case]
+    graph = capture(call, "a b")
+    found = facts.matmuls(graph)
+    heads = facts.heads(graph, found)
+    uses = [m for m in found if m.parameter == "a.weight" and m.role is OUTPUT]
+    assert [m.node in heads for m in uses] == [index == place for index in range(len(uses))]
+    # Of the backward, the two matmuls that read the gradient of that use's result: the first ones in the backward,
+    # and of two results the second one's.
+    backward = facts.backward_nodes(graph)
+    of_head = {m.role: operand_in(backward, m) for m in found if m.node in heads and m.role is not OUTPUT}
+    assert set(of_head) == {GRAD_INPUT, GRAD_WEIGHT} and len(heads) == 3
+    tangents = [node for node in graph.find_nodes(op="placeholder") if node.name.startswith("tangents")]
+    assert {tangents_before(gradient) for gradient in of_head.values()} == {frozenset(tangents[-1:])}
+    others = [m for m in found if m.node not in heads and m.role is GRAD_INPUT and m.parameter == "a.weight"]
+    assert len(others) == len(uses) - 1
+
+
+def operand_in(backward: set[fx.Node], matmul: facts.Matmul) -> fx.Node:
+    (gradient,) = (operand for operand in (matmul.lhs, matmul.rhs) if operand in backward)
+    return gradient
+
+
+def tangents_before(node: fx.Node) -> frozenset[fx.Node]:
+    """The tangents that a value depends on, without going through a matmul."""
+    if node.op == "placeholder":
+        return frozenset({node} if node.name.startswith("tangents") else ())
+    if node.target in facts.MATMULS:
+        return frozenset()
+    return frozenset().union(*map(tangents_before, node.all_input_nodes))
+
+
+def test_heads_are_told_apart_where_weights_share_a_name() -> None:
+    graph = capture(lambda m, x: m.b(m.a(x).tanh()), "a b")
+    for node in facts.parameters(graph):
+        node.meta["parameter"] = "weight"
+    found = facts.matmuls(graph)
+    heads = facts.heads(graph, found)
+    assert [m.role for m in found] == [OUTPUT, OUTPUT, GRAD_WEIGHT, GRAD_INPUT, GRAD_WEIGHT, GRAD_INPUT]
+    assert [m.node in heads for m in found] == [False, True, True, True, False, False]
 
 
 def test_heads_of_inference() -> None:
     with torch.no_grad():
         graph = capture(lambda m, x: m.c(residual(m, x)), "a b c")
-    assert facts.heads(graph, facts.matmuls(graph)) == {"c.weight"}
+    found = facts.matmuls(graph)
+    assert facts.heads(graph, found) == {m.node for m in found if m.parameter == "c.weight"}
 
 
 def test_parameters_known_by_descriptor() -> None:
@@ -173,18 +242,31 @@ def test_parameters_known_by_descriptor() -> None:
     assert facts.parameters(graph) == {weight: "own.name"}
 
 
-def test_memory_is_the_same_for_the_same_elements_only() -> None:
-    graph, mode = fx.Graph(), FakeTensorMode()
+class Builder:
+    """Adds nodes to a graph, with values."""
 
-    def add(target: Any, *args: Any) -> fx.Node:
-        node = graph.call_function(target, args) if target else graph.placeholder("x")
-        with mode:
-            values = fx.node.map_arg(args, lambda argument: argument.meta["val"])
-            node.meta["val"] = target(*values) if target else torch.empty(4, 4)
+    def __init__(self) -> None:
+        self.graph, self.mode = fx.Graph(), FakeTensorMode()
+
+    def input(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> fx.Node:
+        node = self.graph.placeholder("x")
+        with self.mode:
+            node.meta["val"] = torch.empty(4, 4, dtype=dtype, device=device)
         return node
 
-    aten = torch.ops.aten
-    x = add(None)
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        with self.mode:
+            node.meta["val"] = target(*fx.node.map_arg(args, lambda argument: argument.meta["val"]), **kwargs)
+        return node
+
+
+aten, cast = torch.ops.aten, torch.ops.prims.convert_element_type.default
+
+
+def test_memory_is_the_same_for_the_same_elements_only() -> None:
+    add = Builder()
+    x = add.input()
     transposed = add(aten.t.default, x)
     same = [
         x,
@@ -194,9 +276,10 @@ def test_memory_is_the_same_for_the_same_elements_only() -> None:
         add(aten.slice.Tensor, x, 0, 0, 4),
         add(aten.detach.default, x),
     ]
-    assert {facts.memory_of(node) for node in same} == {facts.memory_of(x)}
+    assert {values.memory_of(node) for node in same} == {values.memory_of(x)}
+    assert values.memory_of(x, transposed=True) == values.memory_of(transposed)
     others = [
-        add(None),
+        add.input(),
         transposed,
         add(aten.view.default, x, [2, 8]),
         add(aten.slice.Tensor, x, 0, 0, 2),
@@ -205,8 +288,69 @@ def test_memory_is_the_same_for_the_same_elements_only() -> None:
         add(aten.select.int, x, 1, 0),
         add(aten.clone.default, x),
         add(aten.relu.default, x),
+        add(cast, x, torch.bfloat16),
+        add(cast, x, torch.float16),
+        add(cast, transposed, torch.bfloat16),
+        add(cast, add(aten.slice.Tensor, x, 0, 2, 4), torch.bfloat16),
     ]
-    assert len({facts.memory_of(node) for node in [x, *others]}) == 1 + len(others)
+    assert len({values.memory_of(node) for node in [x, *others]}) == 1 + len(others)
+
+
+def test_equal_casts_of_the_same_elements_are_the_same() -> None:
+    add = Builder()
+    x = add.input()
+    casts = [add(cast, node, torch.bfloat16) for node in (x, x, add(aten.detach.default, x))]
+    assert len({values.memory_of(node) for node in casts}) == len({values.source_of(node) for node in casts}) == 1
+    rows = [add(aten.slice.Tensor, node, 0, 0, 2) for node in casts]
+    assert len({values.memory_of(node) for node in rows}) == 1
+    assert values.source_of(rows[0]) == values.source_of(casts[0])
+    assert values.memory_of(rows[0]) != values.memory_of(casts[0])
+
+
+PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_precision_casts_are_those_of_autocast() -> None:
+    add = Builder()
+    for source in PRECISIONS:
+        x = add.input(source)
+        assert all(values.is_precision_cast(add(cast, x, dtype)) for dtype in PRECISIONS)
+        for dtype in (torch.float64, torch.int32, torch.int8, torch.float8_e5m2):
+            narrow = add(cast, x, dtype)
+            assert not values.is_precision_cast(narrow) and not values.is_precision_cast(add(cast, narrow, source))
+        moved = add(aten._to_copy.default, x, device=torch.device("meta"))
+        assert not values.is_precision_cast(moved) and not values.is_precision_cast(add(aten.relu.default, x))
+
+
+def test_unrounded_stops_at_the_first_cast_that_says_something() -> None:
+    add = Builder()
+    x = add.input()
+    transposed = add(aten.permute.default, x, [1, 0])
+    rounded = add(cast, transposed, torch.bfloat16)
+    view = add(aten.unsqueeze.default, rounded, 0)
+    assert values.unrounded(view) == (x, [transposed, view])
+    assert values.unrounded(transposed) == (transposed, [])
+    integers = add(cast, view, torch.int32)
+    back = add(cast, integers, torch.float32)
+    assert values.unrounded(back) == (back, [])
+    again = add(cast, back, torch.float16)
+    assert values.unrounded(again) == (back, [])
+
+
+def test_parameters_alone() -> None:
+    def call(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return x @ (m.w + m.b @ m.a).expand(x.shape[0], -1, -1)
+
+    x = x_of(4, 6, WIDTH)
+    torch._dynamo.mark_dynamic(x, 0)
+    graph = capture(call, "", x, w=SQUARE, a=(4, WIDTH), b=(WIDTH, 4))
+    alone = values.parameters_alone(graph, facts.parameters(graph))
+    (low_rank, *_), (product, *_) = (
+        [m.node for m in facts.matmuls(graph) if m.node.target in targets]
+        for targets in ({aten.mm.default}, {aten.bmm.default})
+    )
+    assert alone[low_rank] == {"a", "b"} and alone[facts.operands(product)[1]] == {"w", "a", "b"}
+    assert product not in alone and facts.operands(product)[0] not in alone
 
 
 BATCHED: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import oracle
@@ -15,6 +16,7 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
 import swcompile
 from swcompile import Decision, Role, Scaling, format_graph, joint_passes, make_recipe
+from swcompile.kernels.quantize_columnwise import QUANTIZE_COLUMNWISE_TRANSPOSE
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
 from swcompile.kernels.quantize_tensorwise import QUANTIZE_TENSORWISE, QUANTIZE_TENSORWISE_TRANSPOSE
 from swcompile.kernels.scaled_mm import MAX_K, SCALED_MM
@@ -151,21 +153,30 @@ X = (TOKENS, IN)
 LINEAR = nn.Linear(IN, OUT)
 LONG = nn.Linear(MAX_K + 1, 2, bias=False)
 STACK = Model(lambda m, x: x @ m.weight, weight=torch.randn(3, IN, OUT))
+EXPANDED = Model(lambda m, x: torch.bmm(x, m.weight.expand(x.shape[0], IN, OUT)), weight=torch.randn(IN, OUT))
 DERIVED = Model(lambda m, x: x @ m.weight.tanh(), weight=torch.randn(IN, OUT))
+PRODUCT = Model(lambda m, x: x @ (m.b @ m.a), a=torch.randn(4, OUT), b=torch.randn(IN, 4))
+FIVE = Model(lambda m, x: x @ (m.a + m.b + m.c + m.d + m.e), **{name: torch.randn(IN, OUT) for name in "abcde"})
 SCORES = Model(lambda m, x: x @ x.T + m.bias, bias=torch.randn(1))
+RATHER = "; only a parameter itself is quantised"
 LEFT = {
     "excluded": (LINEAR, X, {"exclude": ["b*", "w*"]}, "excluded by 'w*'"),
     "not included": (LINEAR, X, {"include": "other*"}, "no include pattern matches"),
     "head": (LINEAR, X, {"include": None}, "last matmul before the output; include='*' asks for it"),
     "scores": (SCORES, X, {}, "neither operand is a parameter"),
     "nothing known": (Model(lambda m, x: x @ x.T), X, {}, "no parameter is known in this graph"),
-    "derived": (DERIVED, X, {}, "neither operand is a parameter"),
+    "derived, not asked for": (DERIVED, X, {"include": None}, f"an operand is computed from weight{RATHER}"),
+    "derived, excluded": (FIVE, X, {"exclude": "b"}, f"an operand is computed from a, b, c, d and 1 more{RATHER}"),
+    "no batch": (EXPANDED, (0, *X), {}, "an empty batch: nothing to multiply"),
 }
 IMPOSSIBLE = {
     "float64": (LINEAR, X, {}, "torch.float64 has no int8 form; bfloat16, float16 and float32 have"),
     "meta": (LINEAR, X, {}, "no int8 kernel for device meta"),
     "long": (LONG, (1, MAX_K + 1), {}, f"sums over {MAX_K + 1} > {MAX_K} products, which may overflow int32"),
     "stack": (STACK, (3, *X), {}, "a batch of 3 weights: the int8 kernel multiplies one"),
+    "derived": (DERIVED, X, {}, f"an operand is computed from weight{RATHER}"),
+    "derived from two": (FIVE, X, {"include": "e"}, f"an operand is computed from a, b, c, d and 1 more{RATHER}"),
+    "product": (PRODUCT, X, {"include": "b"}, "a product of parameters alone: a, b"),
 }
 """Asked for, and not rewritten: `strict` raises."""
 
@@ -201,11 +212,10 @@ def test_matrix_vector_products_are_left() -> None:
 
 
 def test_a_batched_gradient_of_the_weight_is_left() -> None:
-    model = Model(lambda m, x: torch.bmm(x, m.weight.expand(3, IN, OUT)), weight=torch.randn(IN, OUT))
-    _, decisions = rewrite(model, x_of(3, TOKENS, IN), recipe="llm_int8")
+    _, decisions = rewrite(EXPANDED, x_of(3, TOKENS, IN), recipe="llm_int8")
     assert {d.role for d in decisions if d.rewritten} == {Role.OUTPUT, Role.GRAD_INPUT}
     reasons = {d.reason for d in decisions if d.role is Role.GRAD_WEIGHT}
-    assert reasons == {"a batch of 3 weights: the int8 kernel multiplies one"}
+    assert reasons == {"a batch of 3 products: the int8 kernel computes one"}
 
 
 class Projections(nn.Module):
@@ -248,6 +258,37 @@ def test_one_activation_is_quantised_once_and_each_weight_twice() -> None:
     assert count(joint.graph, QUANTIZE_ROWWISE) == 1 + 1 + 4
     assert count(joint.graph, SCALED_MM) == 8
     assert count(joint.graph, QUANTIZE_TENSORWISE) == count(joint.graph, QUANTIZE_TENSORWISE_TRANSPOSE) == 4
+
+
+@pytest.mark.parametrize("recipe", ["switchback", "llm_int8"])
+def test_an_activation_that_autocast_casts_for_each_reader_is_quantised_once(recipe: str) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        graph = swcompile.capture(Projections(), x_of()).graph
+    sharers: dict[Role, list[int]] = {}
+
+    def predict(candidates: Sequence[Any], others: Sequence[Any]) -> list[float]:
+        for candidate in candidates:
+            sharers.setdefault(candidate.matmul.role, []).append(candidate.sharers)
+        return [1.0] * len(candidates)
+
+    options = make_recipe({"recipe": recipe, "include": "*"})
+    swcompile.run_passes(graph, [partial(swcompile.quantize_matmuls, recipe=options, predict=predict)])
+    activations = 1 + 1 + 4  # as without autocast
+    weights = 0 if recipe == "switchback" else 4
+    assert count(graph, QUANTIZE_ROWWISE) == activations + weights
+    assert sorted(sharers[Role.OUTPUT]) == [1, 3, 3, 3]
+    if recipe == "llm_int8":  # the backward reads x in scales of its own, and quantises it once too
+        assert count(graph, QUANTIZE_COLUMNWISE_TRANSPOSE) == 4 + activations
+
+
+def test_no_gradient_under_autocast_still_quantises_an_activation_once() -> None:
+    graphs: list[fx.Graph] = []
+    hook = {"post_grad_custom_pre_pass": graphs.append, "force_disable_caches": True}
+    compiled = torch.compile(Projections(), backend="switchback", options=ALL | {"inductor": hook})
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        compiled(x_of())
+    (graph,) = graphs
+    assert count(graph, SCALED_MM) == 4 and count(graph, QUANTIZE_ROWWISE) == 2
 
 
 def test_a_shared_weight_is_quantised_once_a_direction() -> None:
@@ -297,3 +338,29 @@ def test_addmm_with_a_matrix_and_factors() -> None:
     assert not torch.equal(out, model(x))
     torch.testing.assert_close(gradients["matrix"], torch.full_like(model.matrix, 0.5))
     torch.testing.assert_close(gradients["weight"], (-2 * x.sum(0)).expand(OUT, IN))
+
+
+def test_a_layer_applied_several_times_loses_the_last_use_alone() -> None:
+    class Repeated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(IN, IN)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(4):
+                x = self.a(x).tanh()
+            return x
+
+    _, decisions = rewrite(Repeated(), x_of(), include=None)
+    head = "last matmul before the output; include='*' asks for it"
+    reasons = {role: [d.reason for d in decisions if d.role is role] for role in (Role.OUTPUT, Role.GRAD_INPUT)}
+    assert [reason == head for reason in reasons[Role.OUTPUT]] == [False, False, False, True]
+    assert [reason == head for reason in reasons[Role.GRAD_INPUT]] == [True, False, False, False]
+    assert sum(d.rewritten for d in decisions) == 6
+
+
+def test_of_a_head_that_is_left_the_whole_backward_is_left() -> None:
+    model = nn.Sequential(nn.Linear(IN, IN), nn.Linear(IN, OUT))
+    _, decisions = rewrite(model, x_of(), include=None, recipe="llm_int8")
+    left = {(d.parameter, d.role) for d in decisions if not d.rewritten}
+    assert left == {("1.weight", role) for role in (Role.OUTPUT, Role.GRAD_INPUT, Role.GRAD_WEIGHT)}

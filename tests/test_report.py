@@ -75,6 +75,13 @@ def test_names_with_several_numbers() -> None:
     assert rows([decision(name) for name in names]) == [(name, "1") for name in names]
 
 
+def test_reasons_that_name_parameters_are_folded_by_their_numbers() -> None:
+    reason = "computed from h.{}.a, h.{}.b"
+    decisions = [decision(None, Role.OTHER, rewritten=False, reason=reason.format(i, i)) for i in range(12)]
+    (line,) = str(Report("r", decisions)).splitlines()[4:]
+    assert line.split()[:3] == ["-", "other", "12"] and line.endswith(reason.format("{0-11}", "{0-11}"))
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -1,5 +1,7 @@
 """save_int8_activations: the graph that it makes, and what the forward then keeps for the backward."""
 
+import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,6 +75,8 @@ SPELLINGS: dict[str, tuple[Callable[..., torch.Tensor], tuple[int, int]]] = {
     "weight of [in, out]": (lambda x, w: x @ w, (IN, OUT)),
     "three dimensions": (lambda x, w: linear(x.view(2, 4, IN), w).flatten(0, 1), (OUT, IN)),
     "transposed": (lambda x, w: linear(x.view(2, 4, IN).transpose(0, 1), w).flatten(0, 1), (OUT, IN)),
+    "column-major input": (lambda x, w: linear(x.T.contiguous().T, w), (OUT, IN)),
+    "column-major input, [in, out]": (lambda x, w: x.T.contiguous().T @ w, (IN, OUT)),
     "two readers": (lambda x, w: linear(x, w[:OUT]) + linear(x, w[OUT:]), (2 * OUT, IN)),
 }
 
@@ -102,6 +106,18 @@ def test_an_activation_that_the_forward_left_alone_is_left_with_a_note() -> None
         "2.weight": "its activation is not in int8",
     }
     assert len(joint.graph.find_nodes(op="call_function", target=DEQUANTIZE)) == 1
+
+
+def test_a_batch_of_products_is_left_with_a_note() -> None:
+    model = Layer(lambda x, w: torch.bmm(x.view(2, 4, IN), w.expand(2, IN, OUT)), IN, OUT)
+    decisions = swcompile.capture(model, torch.randn(TOKENS, IN)).run_passes(joint_passes(make_recipe(ALL)))
+    assert notes(decisions) == {"weight": "a batch of products reads its activation as it is"}
+
+
+def test_a_gradient_that_is_in_int8_already_is_no_concern() -> None:
+    recipe = dataclasses.replace(make_recipe(ALL | {"recipe": "llm_int8"}), save_int8_activations=True)
+    decisions = swcompile.capture(nn.Linear(IN, OUT), torch.randn(TOKENS, IN)).run_passes(joint_passes(recipe))
+    assert notes(decisions) == {"weight": ""} and all(d.rewritten for d in decisions)
 
 
 def saved(model: nn.Module, x: torch.Tensor, recipe: str) -> list[torch.Tensor]:
@@ -139,6 +155,34 @@ def test_the_forward_keeps_activations_in_int8_and_weights_never(recipe: str) ->
     else:
         assert kinds == [("torch.bfloat16", (NUM_TOKENS, WIDTH))] * 3
         assert num_bytes(kept) == 3 * NUM_TOKENS * WIDTH * 2
+
+
+class Projections(nn.Module):
+    """Three layers that read one activation, which the backward reads nowhere else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.q(x) + self.k(x) + self.v(x)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_activation_of_several_layers_is_kept_once_in_int8(autocast: bool) -> None:
+    dtype = torch.float32 if autocast else torch.bfloat16
+    model, x = Projections().to(dtype), torch.randn(NUM_TOKENS, WIDTH, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
+        kept = saved(model, x, "switchback_m")
+    kinds = sorted((str(t.dtype), tuple(t.shape)) for t in kept)
+    assert kinds == [("torch.float32", (NUM_TOKENS, 1))] * 2 + [("torch.int8", (NUM_TOKENS, WIDTH))] * 2
+
+
+def test_a_column_major_activation_is_kept_in_int8() -> None:
+    model = nn.Linear(WIDTH, WIDTH, bias=False).bfloat16()
+    (values, scales) = saved(model, torch.randn(WIDTH, NUM_TOKENS, dtype=torch.bfloat16).T, "switchback_m")
+    assert (values.dtype, values.shape, scales.numel()) == (torch.int8, (NUM_TOKENS, WIDTH), NUM_TOKENS)
 
 
 class Attention(nn.Module):
