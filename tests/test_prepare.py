@@ -1,0 +1,416 @@
+"""Stabilisers in live models: the sites, eager and compiled alike, what they do to training, and the way back."""
+
+import copy
+import io
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import model_zoo
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import swcompile
+from swcompile import LayerScale, QKNorm, Role, Stabilizer
+from swcompile.graph import matmuls
+
+WIDTH, HEADS, LAYERS = model_zoo.WIDTH, 4, 2
+Inputs = dict[str, Any]
+
+
+def tokens(batch: int = 2, length: int = 12) -> Inputs:
+    return {"input_ids": torch.randint(3, model_zoo.VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length))}
+
+
+def floats(batch: int = 2, length: int = 12, name: str = "src") -> Inputs:
+    return {name: torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(length))}
+
+
+def images(batch: int = 2, length: int = 0) -> Inputs:
+    return {"pixel_values": torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
+
+
+def zoo(name: str) -> nn.Module:
+    return model_zoo.CASES[name](LAYERS).model
+
+
+def gpt_neox() -> nn.Module:
+    sizes = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": 2 * WIDTH}
+    config = transformers.GPTNeoXConfig(vocab_size=model_zoo.VOCABULARY, num_hidden_layers=LAYERS, **sizes)
+    return transformers.GPTNeoXForCausalLM(config)
+
+
+def encoder_layer(norm_first: bool) -> nn.Module:
+    return nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, batch_first=True, norm_first=norm_first)
+
+
+class Written(nn.Module):
+    """A pre-norm block with attention written out, in linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Dropout(0.1), nn.Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, src: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(self.norm1(src)).chunk(3, -1))
+        attended = ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1) @ v
+        x = src + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+def clip_inputs(batch: int = 2, length: int = 12) -> Inputs:
+    return tokens(batch, length) | images(batch)
+
+
+def t5_inputs(batch: int = 2, length: int = 12) -> Inputs:
+    ids = tokens(batch, length)["input_ids"]
+    return {"input_ids": ids, "decoder_input_ids": ids[:, : length // 2]}
+
+
+def self_attention(batch: int = 2, length: int = 12) -> Inputs:
+    (x,) = floats(batch, length).values()
+    return {"query": x, "key": x, "value": x}
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Inputs], int, int]] = {
+    "vit": (lambda: zoo("vit"), images, 2 * LAYERS, LAYERS),
+    "clip": (lambda: zoo("clip"), clip_inputs, 4 * LAYERS, 2 * LAYERS),
+    "llama": (lambda: zoo("llama"), tokens, 2 * LAYERS, LAYERS),
+    "gpt2": (lambda: zoo("gpt2"), tokens, 2 * LAYERS, LAYERS),
+    "bert": (lambda: zoo("bert"), tokens, 2 * LAYERS, LAYERS),
+    "t5": (lambda: zoo("t5"), t5_inputs, 5 * LAYERS, 3 * LAYERS),
+    "gpt_neox": (gpt_neox, tokens, 2 * LAYERS, LAYERS),
+    "pre-norm encoder layer": (lambda: encoder_layer(True), floats, 2, 1),
+    "post-norm encoder layer": (lambda: encoder_layer(False), floats, 2, 1),
+    "nn.MultiheadAttention": (lambda: nn.MultiheadAttention(WIDTH, HEADS, 0.1, batch_first=True), self_attention, 0, 1),
+    "einsum": (lambda: zoo("einsum"), lambda b=2, n=12: {"input": floats(b, n)["src"]}, 2 * LAYERS, LAYERS),
+    "written out": (Written, floats, 2, 1),
+}
+"""Name -> (model, its inputs by batch and length, residual branches, attentions)."""
+
+
+def make(name: str) -> tuple[nn.Module, Callable[..., Inputs]]:
+    torch.manual_seed(0)
+    model, inputs, _, _ = MODELS[name]
+    return model(), inputs
+
+
+def tensors(result: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
+def run(call: Callable[..., Any], inputs: Inputs) -> list[torch.Tensor]:
+    """The outputs; the same dropout every time."""
+    torch.manual_seed(1)
+    return tensors(call(**inputs))
+
+
+def assert_same(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def prepare(model: nn.Module, inputs: Inputs, **options: Any) -> nn.Module:
+    found = swcompile.prepare(model, kwargs=inputs, **options)
+    assert found is model
+    return model
+
+
+def both(name: str, **options: Any) -> dict[str, Any]:
+    scale: dict[str, Any] = {"layer_scale": options} if MODELS[name][2] else {}
+    return scale | {"qk_layernorm": True}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sites_and_that_eager_and_compiled_agree(name: str) -> None:
+    model, inputs = make(name)
+    _, _, num_branches, num_attentions = MODELS[name]
+    model.eval()
+    before, names = run(model, inputs()), list(model.state_dict())
+    prepare(model, inputs(), **both(name, init=0.5))
+
+    report = swcompile.prepared(model)
+    assert report.num_rewritten(Stabilizer.LAYER_SCALE) == len(report_of(report, Stabilizer.LAYER_SCALE)) == num_branches
+    assert report.num_rewritten(Stabilizer.QK_LAYERNORM) == len(report_of(report, Stabilizer.QK_LAYERNORM)) == num_attentions
+    kinds = [type(module) for module in model.modules()]
+    assert (kinds.count(LayerScale), kinds.count(QKNorm)) == (num_branches, 2 * num_attentions)
+    new = {key for key in model.state_dict() if key not in names}
+    assert [key for key in model.state_dict() if key not in new] == names
+    assert len(new) == num_branches + 2 * num_attentions
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for training in (False, True):
+        model.train(training)
+        for batch, length in ((2, 12), (3, 16)):
+            actual = run(model, inputs(batch, length))
+            assert_same(run(compiled, inputs(batch, length)), actual)
+            sum(t.float().square().mean() for t in actual if t.requires_grad).backward()
+            for key, parameter in model.named_parameters():
+                if key in new:
+                    assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
+            model.zero_grad()
+
+    model.eval()
+    assert not torch.equal(run(model, inputs())[0], before[0])
+    old = swcompile.strip(model)
+    assert list(old.state_dict()) == names and not any(m._forward_hooks or "forward" in m.__dict__ for m in old.modules())
+    assert_same(run(old, inputs()), before)
+
+
+def report_of(report: swcompile.Report, kind: Stabilizer) -> list[swcompile.Decision]:
+    return [decision for decision in report.decisions if decision.role is kind]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gamma_one_and_an_identity_for_a_norm_change_no_bit(name: str) -> None:
+    model, inputs = make(name)
+    for training in (False, True):
+        before = run(model.train(training), inputs())
+        prepare(model, inputs(), **both(name, init=1.0))
+        for path, module in list(model.named_modules()):
+            if isinstance(module, QKNorm):
+                model.set_submodule(path, nn.Identity())
+        assert_same(run(model, inputs()), before)
+        swcompile.strip(model)
+
+
+@pytest.mark.parametrize("name", ["vit", "llama", "gpt2", "pre-norm encoder layer", "gpt_neox", "einsum"])
+def test_blocks_start_as_the_identity_and_weights_learn_from_the_second_step(name: str) -> None:
+    model, inputs = make(name)
+    model.train()
+    prepare(model, inputs(), layer_scale=True)
+    names = [key for key, _ in model.named_parameters()]
+    gammas = {key for key in names if key.endswith("gamma")}
+    is_block = name in ("einsum", "pre-norm encoder layer")
+    inside = {key for key in names if is_block or ".layers." in key or ".h." in key} - gammas
+    if name == "pre-norm encoder layer":
+        x = inputs()["src"]
+        assert torch.equal(model(x), x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        sum(t.square().mean() for t in run(model, inputs()) if t.requires_grad).backward()
+        for key, parameter in model.named_parameters():
+            if parameter.grad is None:
+                continue
+            has_gradient = bool(parameter.grad.abs().sum() > 0)
+            if key in gammas:
+                assert has_gradient
+            elif key in inside:
+                assert has_gradient == (step > 0) or key.endswith("bias"), (step, key)
+        optimizer.step()
+
+
+def logits(model: nn.Module, positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, position_ids=positions, use_cache=False, output_attentions=True).attentions[0]
+
+
+def test_norms_before_rotation_keep_attention_relative() -> None:
+    model, inputs = make("llama")
+    model.set_attn_implementation("eager")
+    model.eval()
+    ids = inputs()["input_ids"]
+    prepare(model, inputs(), qk_layernorm=True)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "_norm.weight" in key and "self_attn" in key:
+                parameter.uniform_(0.5, 1.5)  # a scale that a rotation would see
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    expected = logits(model, positions, ids)
+    torch.testing.assert_close(logits(model, positions + 7, ids), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits(model, positions * 2, ids), expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt2", "bert", "t5", "einsum", "pre-norm encoder layer"])
+def test_merged_is_scaled(name: str) -> None:
+    model, inputs = make(name)
+    model.eval()
+    prepare(model, inputs(), layer_scale=True)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LayerScale):
+                module.gamma.uniform_(0.5, 1.5)
+    expected = run(model, inputs())
+    report = swcompile.merge_layer_scale(model)
+    num_left = sum(isinstance(module, LayerScale) for module in model.modules())
+    assert num_left == len(report.decisions) - report.num_rewritten()
+    assert num_left == (2 * LAYERS if name == "einsum" else 0)
+    for actual, wanted in zip(run(model, inputs()), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+    assert all("not in a linear layer" in d.reason or "folded into" in d.reason for d in report.decisions)
+
+
+def test_all_heads_together_and_rms() -> None:
+    model, inputs = make("llama")
+    model.eval()
+    prepare(model, inputs(), qk_layernorm={"over": "model", "norm": "rms", "eps": 1e-5})
+    attention = model.model.layers[0].self_attn
+    assert attention.q_norm.weight.shape == (WIDTH,) and attention.k_norm.weight.shape == (WIDTH // 2,)
+    x = torch.randn(2, 5, WIDTH)
+    q = nn.functional.linear(x, attention.q_proj.weight)
+    expected = q * (q.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    torch.testing.assert_close(attention.q_proj(x), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "pre-norm encoder layer"])
+def test_switchback_still_rewrites_every_linear_layer(name: str) -> None:
+    model, inputs = make(name)
+    counts = []
+    for prepared in (False, True):
+        if prepared:
+            prepare(model, inputs(), **both(name, init=0.1))
+        joint = swcompile.capture(model, kwargs=inputs())
+        joint.run_passes(swcompile.joint_passes(swcompile.make_recipe({"skip_slower": False})))
+        counts.append([sum(m.role is role and m.is_int8 for m in matmuls(joint.graph)) for role in Role])
+    assert counts[0] == counts[1] and counts[1][0] > 0
+    compiled = torch.compile(model.eval(), backend="switchback", fullgraph=True, options={"skip_slower": False})
+    actual, expected = run(compiled, inputs())[0], run(model, inputs())[0]
+    assert 0 < (actual - expected).norm() / expected.norm() < 0.05
+
+
+def test_generation_with_a_cache() -> None:
+    model, inputs = make("llama")
+    model.eval()
+    prepare(model, inputs(), layer_scale={"init": 0.5}, qk_layernorm=True)
+    ids = inputs()["input_ids"]
+    step = model(input_ids=ids[:, :-1], use_cache=True)
+    last = model(input_ids=ids[:, -1:], past_key_values=step.past_key_values, use_cache=True)
+    whole = model(input_ids=ids, use_cache=False)
+    torch.testing.assert_close(last.logits[:, -1], whole.logits[:, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "pre-norm encoder layer"])
+def test_copies_and_checkpoints(name: str) -> None:
+    model, inputs = make(name)
+    model.eval()
+    old = copy.deepcopy(model.state_dict())
+    prepare(model, inputs(), **both(name, init=0.5))
+    expected = run(model, inputs())
+    missing, unexpected = model.load_state_dict(old, strict=False)
+    assert not unexpected and all("layer_scale" in key or "_norm" in key for key in missing)
+
+    copied = copy.deepcopy(model)
+    assert_same(run(copied, inputs()), expected)
+    with torch.no_grad():
+        for module in copied.modules():
+            if isinstance(module, LayerScale | QKNorm):
+                for parameter in module.parameters():
+                    parameter.mul_(2)
+    assert not torch.equal(run(copied, inputs())[0], expected[0])
+    assert_same(run(model, inputs()), expected)
+
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert_same(run(torch.load(buffer, weights_only=False), inputs()), expected)
+
+
+def test_patterns_and_strict() -> None:
+    model, inputs = make("llama")
+    prepare(model, inputs(), layer_scale={"include": "*.mlp*", "exclude": ["*.layers.1.*"]})
+    assert [key for key in model.state_dict() if "layer_scale" in key] == ["model.layers.0.mlp_layer_scale.gamma"]
+    reasons = {d.parameter: d.reason for d in swcompile.prepared(model).decisions}
+    assert reasons["model.layers.0.self_attn.o_proj"] == "no include pattern matches"
+    assert reasons["model.layers.1.mlp.down_proj"] == "exclude pattern '*.layers.1.*' matches"
+    swcompile.strip(model)
+    with pytest.warns(UserWarning, match="layer_scale: pattern 'nothing' matches no residual branch"):
+        prepare(model, inputs(), layer_scale={"exclude": "nothing"})
+    swcompile.strip(model)
+    with pytest.raises(ValueError, match="matches no residual branch"):
+        prepare(model, inputs(), layer_scale={"exclude": "nothing"}, strict=True)
+
+
+def test_report_is_a_table() -> None:
+    model, inputs = make("vit")
+    text = str(swcompile.prepared(prepare(model, inputs(), layer_scale=True, qk_layernorm=True)))
+    assert text.splitlines()[0] == "prepare: layer_scale in 4 of 4, qk_layernorm in 2 of 2"
+    assert "vit.layers.{0-1}.mlp.fc2" in text and "mlp_layer_scale, starts at 0" in text
+    assert "q_norm and k_norm, over the head" in text
+
+
+class NoSites(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sin()
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing": ({}, "nothing to insert: pass layer_scale=True"),
+    "unknown option": ({"layer_scale": {"initial": 0}}, "layer_scale: unknown option 'initial'; did you mean 'init'"),
+    "unknown value": ({"qk_layernorm": {"over": "heads"}}, "qk_layernorm: over is 'heads'; did you mean 'head'"),
+    "no number": ({"layer_scale": {"init": "zero"}}, "layer_scale: init is 'zero'; it takes a number"),
+    "no options": ({"layer_scale": 3}, "layer_scale is 3; it takes True, or a dict of its options"),
+    "not finite": ({"layer_scale": {"init": float("nan")}}, "it takes a finite number"),
+    "nowhere": ({"layer_scale": {"include": "*out_projj"}}, "layer_scale can be inserted nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_options_change_nothing(case: str) -> None:
+    options, message = BAD[case]
+    model = Written()
+    state = list(model.state_dict())
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=message):
+        warnings.simplefilter("ignore")
+        swcompile.prepare(model, torch.randn(2, 5, WIDTH), **options)
+    assert list(model.state_dict()) == state and not any(m._forward_hooks for m in model.modules())
+
+
+def test_errors_name_the_place() -> None:
+    with pytest.raises(ValueError, match="no residual branch was found in the forward of NoSites"):
+        swcompile.prepare(NoSites(), torch.randn(3), layer_scale=True)
+    with pytest.raises(ValueError, match="no attention was found in the forward of NoSites"):
+        swcompile.prepare(NoSites(), torch.randn(3), qk_layernorm=True)
+    model = Written()
+    x = torch.randn(2, 5, WIDTH)
+    swcompile.prepare(model, x, layer_scale=True)
+    state = list(model.state_dict())
+    for again in (model, nn.Sequential(model)):
+        with pytest.raises(ValueError, match="is prepared already; swcompile.strip"):
+            swcompile.prepare(again, x, qk_layernorm=True)
+    assert list(model.state_dict()) == state
+    for function in (swcompile.strip, swcompile.prepared, swcompile.merge_layer_scale):
+        with pytest.raises(ValueError, match="NoSites is not prepared"):
+            function(NoSites())
+
+
+def test_a_name_that_is_taken_is_an_error() -> None:
+    model = Written()
+    model.q_norm = nn.Identity()
+    with pytest.raises(ValueError, match="q_norm is the name of something else already"):
+        swcompile.prepare(model, torch.randn(2, 5, WIDTH), qk_layernorm=True)
+    assert isinstance(model.q_norm, nn.Identity)
+
+
+def test_a_layer_that_is_called_twice_has_one_layer_scale() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Written()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.block(self.block(x))
+
+    model = swcompile.prepare(Shared(), torch.randn(2, 5, WIDTH), layer_scale={"init": 0.5}, qk_layernorm=True)
+    assert len([key for key in model.state_dict() if "layer_scale" in key]) == 2
+    assert swcompile.prepared(model).num_rewritten(Stabilizer.LAYER_SCALE) == 4
+
+
+def test_inputs_of_another_kind_are_captured_when_they_come() -> None:
+    model, _ = make("nn.MultiheadAttention")
+    x = torch.randn(2, 5, WIDTH)
+    model.eval()
+    swcompile.prepare(model, x, x, x, qk_layernorm=True)
+    mask = torch.ones(5, 5).triu(1).bool()
+    expected = model(x, x, x, attn_mask=mask, need_weights=False)
+    assert expected[1] is None
+    torch.testing.assert_close(expected[0], model(x, x, x, attn_mask=mask)[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected[0], model(x, x, x, need_weights=False)[0])
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, x, x, attn_mask=mask, need_weights=False)[0], expected[0])
+    with pytest.raises(Exception, match="was prepared for other inputs than these"):
+        compiled(x, x, x, key_padding_mask=torch.zeros(2, 5).bool())
