@@ -1,10 +1,8 @@
 """Where Inductor and the passes meet: the hook on the joint graph, and tracing a joint graph without compiling it."""
 
 import hashlib
-import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -16,7 +14,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from swcompile import graph as facts
-from swcompile.pipeline import Pass, run_passes, source_fingerprint
+from swcompile.pipeline import Pass, pass_identity, run_passes, source_fingerprint
 from swcompile.report import Decision
 
 
@@ -66,25 +64,13 @@ class JointPass(CustomGraphPass):
             raise_violations(decisions)
 
     def uuid(self) -> str | None:
-        """What stands for this pass in Inductor's cache key; None (no caching) where a user's pass has no identity."""
+        """What stands for this pass in Inductor's cache key; None (no caching) where one of the passes has no identity."""
         before = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.before]
-        passes = [_identity(rewrite) for rewrite in self.passes]
+        passes = [pass_identity(rewrite) for rewrite in self.passes]
         if None in before or None in passes:
             return None
         key = repr((source_fingerprint(), passes, self.identity, sorted(self.names.items()), before))
         return hashlib.sha256(key.encode()).hexdigest()
-
-
-def _identity(rewrite: Pass) -> str | None:
-    """What a pass does, as text: its name, or its source if it is not one of ours, and its bound options."""
-    function, options = (rewrite.func, rewrite.keywords) if isinstance(rewrite, partial) else (rewrite, {})
-    text = f"{function.__module__}.{function.__qualname__} {options!r}"
-    if function.__module__.startswith("swcompile."):
-        return text  # its source is part of the key already
-    try:
-        return text + inspect.getsource(function)
-    except OSError:
-        return None
 
 
 def raise_violations(decisions: Sequence[Decision]) -> None:
