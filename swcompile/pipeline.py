@@ -179,8 +179,7 @@ def _value_identity(value: Any) -> str | None:
     elif isinstance(value, dict):
         parts = [_value_identity(pair) for pair in value.items()]
     elif isinstance(value, (set, frozenset)):
-        parts = [_value_identity(item) for item in value]
-        parts = parts if None in parts else sorted(map(str, parts))
+        parts = sorted((_value_identity(item) for item in value), key=str)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = [_value_identity((field.name, getattr(value, field.name))) for field in dataclasses.fields(value)]
     else:

@@ -108,7 +108,7 @@ class Recipe:
 
 def _check(what: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
     if not isinstance(value, kinds):
-        raise ValueError(f"{what} is {value!r}, but must be {wanted}")
+        raise ValueError(f"{what} is {value!r}, but must be {wanted}")  # noqa: TRY004 (as for any wrong option)
 
 
 def switchback() -> Recipe:

@@ -18,7 +18,7 @@ from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 import swcompile
-from swcompile import Role
+from swcompile import Role, cost
 
 WIDTH, TOKENS = 64, 40
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -172,6 +172,14 @@ def test_include_and_exclude() -> None:
         ({"skip_slower": "yes"}, "option 'skip_slower' is 'yes'; it takes True or False"),
         ({"include": [1]}, "it takes a glob or a list of globs"),
         ({"mode": "max-autotun"}, "unknown mode 'max-autotun'; did you mean 'max-autotune'"),
+        ({"mode": ["default"]}, r"unknown mode \['default'\]; did you mean 'default'"),
+        ({"inductor": "x"}, "option 'inductor' is 'x'; it takes a dict of Inductor's own options"),
+        ({"inductor": {"epilog_fusion": 1}}, "unknown option 'epilog_fusion' of Inductor; did you mean 'epilogue_fusion'"),
+        ({"recipe": ["switchback"]}, r"unknown recipe \['switchback'\]; did you mean 'switchback'"),
+        ({"include": 5}, "option 'include' is 5; it takes a glob or a list of globs"),
+        ({"exclude": {"a": 1}}, "option 'exclude' is {'a': 1}; it takes a glob or a list of globs"),
+        ({"layer_scale": True}, r"before the optimizer is built: call swcompile.prepare\(model, \*inputs, layer_scale=True"),
+        ({"qk_layernorm": True}, r"before the optimizer is built: call swcompile.prepare\(model, \*inputs, qk_lay"),
         ({"include": ["bloks.*"], "strict": True}, "pattern 'bloks.*' matches no parameter.*closest is 'blocks"),
     ],
 )
@@ -179,6 +187,24 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
     model, x = make()
     with pytest.raises(Exception, match=message):
         torch.compile(model, backend="switchback", options=options)(x)
+    if "strict" not in options:
+        with pytest.raises(ValueError, match=message):
+            swcompile.explain(model, x, **options)
+
+
+def test_explain_takes_the_options_that_concern_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = make()
+    graphs = []
+
+    def slow_host(candidate: Any, rates: Any) -> cost._Times:
+        """int8 is faster on the device, and slower where the host launches."""
+        return cost._Times(original=2e-6, int8=1e-6, original_host=1e-3, int8_host=1.0)
+
+    monkeypatch.setattr(cost, "_times", slow_host)
+    for mode, in_int8 in ((None, 0), ("default", 0), ("reduce-overhead", 4)):
+        report = swcompile.explain(model, x, mode=mode, inductor={"joint_custom_pre_pass": graphs.append})
+        assert report.num_rewritten(Role.OUTPUT) == in_int8
+    assert len(graphs) == 3
 
 
 def test_a_pattern_that_matches_nothing_is_a_warning() -> None:
@@ -243,12 +269,6 @@ def test_activation_checkpointing_gives_the_same_bits(recipe: str) -> None:
 
 
 def test_graph_breaks_keep_every_block_in_int8() -> None:
-    class Broken(Block):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            hidden = self.up(self.norm(x))
-            torch._dynamo.graph_break()
-            return x + self.down(nn.functional.gelu(hidden))
-
     torch.manual_seed(0)
     model, x = Broken(), torch.randn(TOKENS, WIDTH)
     actual = run(torch.compile(model, backend="switchback", options=EVERY), model, x)
@@ -266,10 +286,22 @@ def test_a_block_compiled_alone_has_no_head() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [None, True, "mark"])
-def test_seven_batch_sizes_compile_at_most_twice(dynamic: Any) -> None:
+@pytest.mark.parametrize("skip_slower", [False, True])
+def test_seven_batch_sizes_compile_at_most_twice(
+    dynamic: Any, skip_slower: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if skip_slower:  # decides in favour of int8 here, whatever this machine is
+        rates = cost.DeviceRates(
+            matmul=1e9, int8_matmul=1e12, quantize=1e12, kernel=1e-9, matmul_call=0.0, quantize_call=0.0
+        )
+        monkeypatch.setattr(cost, "device_rates", lambda device, dtype: rates)
     model, _ = make()
     compiled = torch.compile(
-        model, backend="switchback", options=EVERY, fullgraph=True, dynamic=True if dynamic is True else None
+        model,
+        backend="switchback",
+        options={"skip_slower": skip_slower},
+        fullgraph=True,
+        dynamic=True if dynamic is True else None,
     )
     for size in (8, 24, 40, 56, 72, 88, 104):
         x = torch.randn(size, WIDTH)
@@ -322,17 +354,144 @@ def test_a_hook_of_the_user_still_runs() -> None:
     assert len(seen) == 2 and seen[0] > 0 and seen[1] == -1
 
 
-def test_strict_patterns_may_match_in_another_graph_of_a_broken_model() -> None:
-    class Broken(Block):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            hidden = self.up(self.norm(x))
-            torch._dynamo.graph_break()
-            return x + self.down(nn.functional.gelu(hidden))
+class Broken(Block):
+    """A block in two graphs."""
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.up(self.norm(x))
+        torch._dynamo.graph_break()
+        return x + self.down(nn.functional.gelu(hidden))
+
+
+def test_strict_patterns_may_match_in_another_graph_of_a_broken_model() -> None:
+    x = torch.randn(TOKENS, WIDTH)
     options = {"include": ["up.*", "down.*"], "strict": True, **EVERY}
-    with pytest.warns(UserWarning, match="matches no parameter of this graph"):
-        torch.compile(Broken(), backend="switchback", options=options)(torch.randn(TOKENS, WIDTH))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.compile(Broken(), backend="switchback", options=options)(x)
+    assert not [w for w in seen if "matches no parameter" in str(w.message)]  # the module of both graphs has both
     assert [r.num_rewritten(Role.OUTPUT) for r in swcompile.reports()] == [1, 1]
+
+    up, down = {"up": nn.Linear(WIDTH, WIDTH)}, {"down": nn.Linear(WIDTH, WIDTH)}
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        hidden = up["up"](x)
+        torch._dynamo.graph_break()
+        return down["down"](hidden)
+
+    with pytest.warns(UserWarning, match="matches no parameter of this graph"):
+        torch.compile(call, backend="switchback", options=options)(x)
+    assert [r.num_rewritten(Role.OUTPUT) for r in swcompile.reports()] == [1, 1, 1, 1]
+
+
+class Towers(nn.Module):
+    """Two encoders, each with a method of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def encode_image(self, x: torch.Tensor) -> torch.Tensor:
+        return self.image(x).relu()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encode_image(x) @ self.text(x).T
+
+
+def test_strict_patterns_are_matched_against_the_module_whose_method_is_compiled() -> None:
+    model, x = Towers(), torch.randn(TOKENS, WIDTH)
+    options = {"include": ["text.*", "image.*"], "strict": True, **EVERY}
+    torch.compile(model.encode_image, backend="switchback", options=options)(x)
+    report = swcompile.explain(model.encode_image, x, **options)
+    assert report.as_dict() == swcompile.reports()[-1].as_dict() and report.num_rewritten(Role.OUTPUT) == 1
+    torch._dynamo.reset()
+    wrong = {"include": ["txt.*", "image.*"], "strict": True, **EVERY}
+    with pytest.raises(Exception, match="pattern 'txt.*' matches no parameter.*closest is 'text.bias'"):
+        torch.compile(model.encode_image, backend="switchback", options=wrong)(x)
+
+
+BODY = nn.Linear(WIDTH, WIDTH)
+
+
+class Listed(nn.Module):
+    """Layers in a list, in a dict, and parameters in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(WIDTH, WIDTH) for _ in range(2)]
+        self.named = {"key": nn.Linear(WIDTH, WIDTH)}
+        self.raw = [nn.Parameter(torch.randn(WIDTH, WIDTH))]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.named["key"](self.layers[1](self.layers[0](x))) @ self.raw[0]
+
+
+def names_of(model: Callable[..., Any]) -> set[str | None]:
+    """Of the weights, as `explain` and as the backend call them."""
+    x = torch.randn(TOKENS, WIDTH)
+    explained = {d.parameter for d in swcompile.explain(model, x, include="*", **EVERY).decisions}
+    torch.compile(model, backend="switchback", options={"include": "*", **EVERY})(x)
+    assert {d.parameter for d in swcompile.reports()[-1].decisions} == explained
+    return explained
+
+
+def test_every_parameter_has_a_name_of_its_own() -> None:
+    body, head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+    first, second = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()), nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    layers = [nn.Linear(WIDTH, WIDTH) for _ in range(2)]
+
+    def calling(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: layer(x).relu()
+
+    outer, inner = calling(body), calling(nn.Linear(WIDTH, WIDTH))
+    assert names_of(lambda x: head(x)) == {"weight"}
+    assert names_of(lambda x: head(body(x).relu())) == {"body.weight", "head.weight"}
+    assert names_of(lambda x: head(BODY(x).relu())) == {"BODY.weight", "head.weight"}
+    assert names_of(lambda x: second(first(x))) == {"first.0.weight", "second.0.weight"}
+    assert names_of(lambda x: head(first(x))) == {"0.weight", "weight"}
+    assert names_of(lambda x: layers[1](layers[0](x))) == {"0.weight", "1.weight"}
+    assert names_of(lambda x: outer(inner(x))) == {"outer.layer.weight", "inner.layer.weight"}
+    assert names_of(lambda x: body(body(x))) == {"weight"}
+    assert names_of(Listed()) == {"layers.0.weight", "layers.1.weight", "named.key.weight", "raw.0"}
+    tied = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    tied[1].weight = tied[0].weight
+    assert names_of(tied) == {"0.weight"}
+
+
+def test_capture_gives_the_gradient_of_each_of_two_layers() -> None:
+    body, head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+    x = torch.randn(TOKENS, WIDTH)
+    _, gradients = swcompile.capture(lambda x: head(body(x).relu()), x)()
+    head(body(x).relu()).sum().backward()
+    expected = {"body.weight": body.weight, "body.bias": body.bias, "head.weight": head.weight, "head.bias": head.bias}
+    assert gradients.keys() == expected.keys()
+    for name, parameter in expected.items():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+
+
+def test_capture_gives_the_models_outputs_and_counts_tangents() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 4))
+    outputs, gradients = swcompile.capture(model, torch.randn(TOKENS, WIDTH))()
+    assert [tuple(out.shape) for out in outputs] == [(TOKENS, 4)] and len(gradients) == 6
+
+    joint = swcompile.capture(lambda x: (BODY(x), BODY(x).sin()), torch.randn(TOKENS, WIDTH))
+    tangent = torch.ones(TOKENS, WIDTH)
+    for tangents in ((tangent,), (tangent, tangent, tangent)):
+        with pytest.raises(ValueError, match=f"{len(tangents)} tangents for a graph with 2 differentiable outputs"):
+            joint(*tangents)
+    (both, ones) = joint(tangent, tangent)[1], joint()[1]
+    assert all(torch.equal(both[name], ones[name]) for name in ones)
+
+
+def test_explain_of_a_function_keeps_the_buffers_of_the_modules_that_it_calls() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 4))
+    x = torch.randn(TOKENS, WIDTH)
+    state = copy.deepcopy(model.state_dict())
+    swcompile.explain(lambda x: model(x), x, **EVERY)
+    swcompile.capture(lambda x: model(x), x)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    model(x)
+    assert not torch.equal(model[1].running_mean, state["1.running_mean"])
 
 
 def test_deepcopy_saving_and_loading() -> None:
