@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -67,7 +68,7 @@ class JointPass(CustomGraphPass):
             raise_violations(decisions)
 
     def uuid(self) -> str | None:
-        """What stands for this pass in Inductor's cache key; None (no caching) where one of the passes has no identity."""
+        """What stands for this pass in Inductor's cache key; None (no caching) where a pass has no identity."""
         before = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.before]
         passes = [pass_identity(rewrite) for rewrite in self.passes]
         if None in before or None in passes:
@@ -99,10 +100,12 @@ def read_options(options: Mapping[str, Any], mode: str | None = None) -> tuple[R
     inductor = {} if inductor is None else inductor
     if not isinstance(inductor, Mapping):
         raise ValueError(f"option 'inductor' is {inductor!r}; it takes a dict of Inductor's own options")  # noqa: TRY004
-    known = inductor_config.get_config_copy()
-    for option in inductor:
-        if option not in known:
-            raise ValueError(f"unknown option {option!r} of Inductor; did you mean {closest(str(option), known)!r}?")
+    for option in map(str, inductor):
+        try:
+            attrgetter(option)(inductor_config)  # its dict of options lacks those with a second name
+        except AttributeError as error:
+            nearest = closest(option, inductor_config.get_config_copy())
+            raise ValueError(f"unknown option {option!r} of Inductor; did you mean {nearest!r}?") from error
     modes = list_mode_options()
     if mode is not None and mode not in list(modes):
         raise ValueError(f"unknown mode {mode!r}; did you mean {closest(str(mode), modes)!r}?")

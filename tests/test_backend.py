@@ -338,6 +338,7 @@ def test_inductor_options_pass_through() -> None:
         seen["epilogue_fusion"] = torch._inductor.config.epilogue_fusion
 
     inductor = {"epilogue_fusion": False, "post_grad_custom_post_pass": spy}
+    inductor |= {"triton.cudagraphs": False, "force_disable_caches": True}  # one of a group, and one with two names
     torch.compile(model, backend="switchback", options={"inductor": inductor, **EVERY})(x)
     assert seen == {"epilogue_fusion": False}
 
