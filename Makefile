@@ -1,9 +1,10 @@
 # make demo · make test · make bench: each sets up what it needs in .venv and runs.
 #
 # A torch that $(PYTHON) already has is used as it is; otherwise torch is installed: the CPU release below where
-# there is no NVIDIA GPU, the newest one where there is.
+# there is no NVIDIA GPU, the newest release that pyproject.toml allows where there is.
 PYTHON ?= python3
 CPU_TORCH ?= torch==2.13.0
+GPU_TORCH ?= torch>=2.11,<2.14
 RUN := .venv/bin/python
 ready := .venv/ready
 
@@ -34,7 +35,7 @@ $(ready): pyproject.toml
 	  $(PYTHON) -c "import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))" \
 	    > "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"; \
 	elif command -v nvidia-smi >/dev/null; then \
-	  $(RUN) -m pip install -q torch; \
+	  $(RUN) -m pip install -q "$(GPU_TORCH)"; \
 	else \
 	  $(RUN) -m pip install -q "$(CPU_TORCH)"; \
 	fi

@@ -17,7 +17,7 @@ from swcompile.kernels import (
 from swcompile.kernels.library import Work
 from swcompile.kernels.quantize_rowwise import RowwiseConfig
 from swcompile.kernels.quantize_tensorwise import TileConfig
-from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_copy_engine, launch
+from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_tma, launch
 
 TOKENS = 32768
 WEIGHTS = [(1280, 5120), (5120, 1280), (4096, 4096), (4096, 16384)]
@@ -51,12 +51,12 @@ EXTRA_CONFIGS: dict[str, list[Any]] = {
     "scaled_mm": [
         MatmulConfig("wgmma", 128, 256, 64, 4, 8, num_stores=2, lead=2),
         MatmulConfig("wgmma", 128, 256, 64, 4, 8, num_stores=2, lead=0),
-        MatmulConfig("wgmma", 128, 256, 64, 4, 8, group_rows=16, num_stores=2, lead=4),
+        MatmulConfig("wgmma", 128, 256, 64, 4, 8, group_m=16, num_stores=2, lead=4),
         MatmulConfig("wgmma", 128, 256, 128, 4, 4, num_stores=2, lead=1),
         MatmulConfig("wgmma", 128, 256, 128, 4, 3, num_stores=1, lead=1),
         MatmulConfig("wgmma", 256, 128, 128, 4, 4, num_stores=2, lead=1),
         MatmulConfig("wgmma", 256, 128, 64, 4, 8, num_stores=2, lead=4),
-        MatmulConfig("tma", 128, 256, 128, 8, 4, group_rows=16, num_stores=2),
+        MatmulConfig("tma", 128, 256, 128, 8, 4, group_m=16, num_stores=2),
         MatmulConfig("tma", 128, 256, 64, 8, 6, num_stores=2),
         MatmulConfig("pointers", 128, 256, 128, 8, 4),
         MatmulConfig("pointers", 256, 128, 128, 8, 4),
@@ -189,6 +189,6 @@ def matmul_cases(num_rows: int, only: str) -> Iterable[Case]:
             operands=sets,
             run=scaled_mm.SCALED_MM,
             tuner=scaled_mm.TUNER,
-            candidates=candidates(out.device, fits_copy_engine(sets[0][0], sets[0][1], out)),
+            candidates=candidates(out.device, fits_tma(sets[0][0], sets[0][1], out)),
             launch=partial(_launch_matmul, out=out),
         )

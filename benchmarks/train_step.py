@@ -66,7 +66,7 @@ def llama(layers: int, batch: int, length: int) -> Workload:
 
 def mlp(width: int, tokens: int) -> Workload:
     """A small MLP: too small for int8 to pay."""
-    layers = [nn.Linear(width, width), nn.GELU()] * 1 + [nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)]
+    layers = [nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)]
     model = nn.Sequential(*layers).to("cuda", torch.bfloat16)
     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
     return Workload(

@@ -24,14 +24,15 @@ def dequantize(x_q_MK: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) ->
         [M, K] of `dtype`, contiguous.
 
     Raises:
-        ValueError: a dtype other than these, or an operand that is not a matrix.
+        ValueError: a dtype or a shape other than these.
     """
     return DEQUANTIZE(x_q_MK, scale, dtype)
 
 
 def dequantize_reference(x_q_MK: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`dequantize` in plain PyTorch, bit for bit."""
-    _check(x_q_MK, scale, dtype)
+    _check_dtypes(x_q_MK, scale, dtype)
+    _check_shapes(x_q_MK, scale)
     return (x_q_MK.float() * scale).to(dtype).contiguous()
 
 
@@ -43,14 +44,15 @@ def dequantize_work(num_rows: int, num_columns: int, itemsize: int, *, num_scale
 
 def dequantize_triton(x_q_MK: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`dequantize` by the Triton kernel: what the op does on CUDA."""
-    _check(x_q_MK, scale, dtype)
+    _check_dtypes(x_q_MK, scale, dtype)
+    _check_shapes(x_q_MK, scale)
     x_q_MK = with_unit_inner_stride(x_q_MK)
     num_rows, num_columns = x_q_MK.shape
     out_MK = torch.empty((num_rows, num_columns), dtype=dtype, device=x_q_MK.device)
     if out_MK.numel():
         per_column = scale.shape[1] != 1
         scale_stride = scale.stride(1 if per_column else 0) if scale.numel() > 1 else 0
-        _dequantize_kernel[(triton.cdiv(num_rows, _ROWS), triton.cdiv(num_columns, _COLUMNS))](
+        _dequantize_kernel[(triton.cdiv(num_rows, _BLOCK_M), triton.cdiv(num_columns, _BLOCK_K))](
             x_q_MK,
             scale,
             out_MK,
@@ -59,13 +61,13 @@ def dequantize_triton(x_q_MK: torch.Tensor, scale: torch.Tensor, dtype: torch.dt
             x_q_MK.stride(0),
             scale_stride,
             PER_COLUMN=per_column,
-            ROWS=_ROWS,
-            COLUMNS=_COLUMNS,
+            BLOCK_M=_BLOCK_M,
+            BLOCK_K=_BLOCK_K,
         )
     return out_MK
 
 
-_ROWS, _COLUMNS = 4, 1024
+_BLOCK_M, _BLOCK_K = 4, 1024
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -78,11 +80,11 @@ def _dequantize_kernel(
     x_q_stride,
     scale_stride,
     PER_COLUMN: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    rows = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64), num_rows - 1)[:, None]
-    columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    rows = tl.minimum(tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64), num_rows - 1)[:, None]
+    columns = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
     mask = columns < num_columns
     x_q = tl.load(x_q_ptr + rows * x_q_stride + columns, mask=mask, other=0)
     if PER_COLUMN:
@@ -93,7 +95,8 @@ def _dequantize_kernel(
     tl.store(out_ptr + rows * num_columns + columns, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _check(x_q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> None:
+def _check_dtypes(x_q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise `ValueError` on a wrong dtype or rank. Looks at no size: sizes may be symbolic."""
     if x_q.dtype != torch.int8 or scale.dtype != torch.float32:
         raise ValueError(f"dequantize: wants int8 with a float32 scale, got {x_q.dtype} with {scale.dtype}")
     if x_q.dim() != 2 or scale.dim() != 2:
@@ -102,8 +105,16 @@ def _check(x_q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"dequantize: dtype is {dtype}, but must be bfloat16, float16 or float32")
 
 
+def _check_shapes(x_q: torch.Tensor, scale: torch.Tensor) -> None:
+    num_rows, num_columns = x_q.shape
+    shapes = ((num_rows, 1), (1, num_columns), (1, 1))
+    if scale.shape not in shapes:
+        allowed = ", ".join(map(str, shapes))
+        raise ValueError(f"dequantize: scale is {tuple(scale.shape)}, but must be one of {allowed}")
+
+
 def _fake(x_q_MK: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    _check(x_q_MK, scale, dtype)
+    _check_dtypes(x_q_MK, scale, dtype)
     return x_q_MK.new_empty((x_q_MK.shape[0], x_q_MK.shape[1]), dtype=dtype)
 
 

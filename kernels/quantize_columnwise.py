@@ -98,8 +98,8 @@ def launch(
     """Run both kernels in the given configuration."""
     num_rows, num_columns = x_NK.shape
     num_multiprocessors = device_facts(x_NK.device).num_multiprocessors
-    blocks = triton.cdiv(num_columns, _ABSMAX_COLUMNS)
-    rows_each = _span(num_rows, _ABSMAX_ROWS, min(MAX_PARTIALS, triton.cdiv(8 * num_multiprocessors, blocks)))
+    blocks = triton.cdiv(num_columns, _ABSMAX_BLOCK_K)
+    rows_each = _span(num_rows, _ABSMAX_BLOCK_N, min(MAX_PARTIALS, triton.cdiv(8 * num_multiprocessors, blocks)))
     num_partials = triton.cdiv(num_rows, rows_each)
     _column_absmax_kernel[(blocks, num_partials)](
         x_NK,
@@ -108,8 +108,8 @@ def launch(
         num_columns,
         x_NK.stride(0),
         rows_each,
-        ROWS=_ABSMAX_ROWS,
-        COLUMNS=_ABSMAX_COLUMNS,
+        BLOCK_N=_ABSMAX_BLOCK_N,
+        BLOCK_K=_ABSMAX_BLOCK_K,
         num_warps=4,
     )
     blocks = triton.cdiv(num_columns, config.columns)
@@ -124,8 +124,8 @@ def launch(
         num_columns,
         x_NK.stride(0),
         rows_each,
-        ROWS=config.rows,
-        COLUMNS=config.columns,
+        BLOCK_N=config.rows,
+        BLOCK_K=config.columns,
         MAX_PARTIALS=partial_PK.shape[0],
         num_warps=config.num_warps,
         enable_fp_fusion=False,
@@ -137,7 +137,7 @@ def _span(num_rows: int, tile_rows: int, num_spans: int) -> int:
     return triton.cdiv(triton.cdiv(num_rows, tile_rows), num_spans) * tile_rows
 
 
-_ABSMAX_ROWS, _ABSMAX_COLUMNS = 32, 128
+_ABSMAX_BLOCK_N, _ABSMAX_BLOCK_K = 32, 128
 
 
 @triton.jit
@@ -148,16 +148,16 @@ def _column_absmax_kernel(
     num_columns,
     x_stride,
     rows_each,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """Program (c, p): largest `magnitude_bits` of each column of block c over span p of the rows."""
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = columns < num_columns
     first = tl.program_id(1) * rows_each
-    bits = tl.zeros([ROWS, COLUMNS], tl.int32)
-    for start in range(first, tl.minimum(first + rows_each, num_rows), ROWS):
-        rows = tl.minimum(start + tl.arange(0, ROWS).to(tl.int64), num_rows - 1)
+    bits = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
+    for start in range(first, tl.minimum(first + rows_each, num_rows), BLOCK_N):
+        rows = tl.minimum(start + tl.arange(0, BLOCK_N).to(tl.int64), num_rows - 1)
         x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask[None, :], other=0.0)
         bits = tl.maximum(bits, magnitude_bits(x))
     partial = partial_ptr + tl.program_id(1).to(tl.int64) * num_columns + columns
@@ -175,11 +175,11 @@ def _quantize_columns_kernel(
     num_columns,
     x_stride,
     rows_each,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     MAX_PARTIALS: tl.constexpr,
 ):
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
+    columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
     column_mask = columns < num_columns
     index = tl.arange(0, MAX_PARTIALS)[:, None]
     partial = tl.load(
@@ -190,8 +190,8 @@ def _quantize_columns_kernel(
     scale, inverse = scale_and_inverse(tl.max(partial, axis=0))
     tl.store(scale_ptr + columns, scale, mask=column_mask)  # every span writes the same bits
     first = tl.program_id(1) * rows_each
-    for start in range(first, tl.minimum(first + rows_each, num_rows), ROWS):
-        rows = start + tl.arange(0, ROWS).to(tl.int64)
+    for start in range(first, tl.minimum(first + rows_each, num_rows), BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
         mask = (rows < num_rows)[:, None] & column_mask[None, :]
         x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
         x_q = round_to_int8(x, inverse[None, :])

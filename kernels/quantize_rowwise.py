@@ -105,7 +105,7 @@ def launch(config: RowwiseConfig, x_MK: torch.Tensor, x_q_MK: torch.Tensor, scal
         num_programs = min(num_programs, programs_each * device_facts(x_MK.device).num_multiprocessors)
     _quantize_rowwise_kernel[(num_programs,)](
         *arguments,
-        ROWS=rows,
+        BLOCK_M=rows,
         WIDTH=width,
         NUM_PIECES=triton.cdiv(num_columns, width),
         EVEN=num_columns % width == 0,
@@ -139,21 +139,21 @@ def _quantize_rowwise_kernel(
     num_rows,
     num_columns,
     x_stride,
-    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
     NUM_PIECES: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
         # Rows beyond the last repeat it: the same bits are written twice, and no mask is needed.
-        rows = tl.minimum(tile * ROWS + tl.arange(0, ROWS).to(tl.int64), num_rows - 1)
+        rows = tl.minimum(tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64), num_rows - 1)
         x_rows = x_ptr + (rows * x_stride)[:, None]
         x_q_rows = x_q_ptr + (rows * num_columns)[:, None]
         columns = tl.arange(0, WIDTH)[None, :]
         # Pieces of one shape have one layout: nothing moves between threads but the maxima.
         pieces = ()
-        bits = tl.zeros([ROWS, WIDTH], tl.int32)
+        bits = tl.zeros([BLOCK_M, WIDTH], tl.int32)
         for i in tl.static_range(NUM_PIECES):
             mask = None if EVEN or i < NUM_PIECES - 1 else i * WIDTH + columns < num_columns
             x = tl.load(x_rows + i * WIDTH + columns, mask=mask)

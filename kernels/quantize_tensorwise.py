@@ -155,13 +155,13 @@ def launch(
     num_rows, num_columns = x_RC.shape
     num_multiprocessors = device_facts(x_RC.device).num_multiprocessors
     num_partials = min(
-        triton.cdiv(num_rows, _ABSMAX_ROWS) * triton.cdiv(num_columns, _ABSMAX_COLUMNS),
+        triton.cdiv(num_rows, _ABSMAX_BLOCK_R) * triton.cdiv(num_columns, _ABSMAX_BLOCK_C),
         8 * num_multiprocessors,  # as many as run at once: a weight of 6 M elements is one tile each
         MAX_PARTIALS,
     )
     if num_partials:
         _absmax_kernel[(num_partials,)](
-            x_RC, partial_P, num_rows, num_columns, x_RC.stride(0), _ABSMAX_ROWS, _ABSMAX_COLUMNS, num_warps=8
+            x_RC, partial_P, num_rows, num_columns, x_RC.stride(0), _ABSMAX_BLOCK_R, _ABSMAX_BLOCK_C, num_warps=8
         )
     num_tiles = triton.cdiv(num_rows, config.rows) * triton.cdiv(num_columns, config.columns)
     _quantize_tiles_kernel[(max(min(num_tiles, 16 * num_multiprocessors), 1),)](
@@ -174,8 +174,8 @@ def launch(
         num_rows,
         num_columns,
         x_RC.stride(0),
-        ROWS=config.rows,
-        COLUMNS=config.columns,
+        BLOCK_R=config.rows,
+        BLOCK_C=config.columns,
         MAX_PARTIALS=partial_P.shape[0],
         SAME=same_RC is not None,
         TRANSPOSED=transposed_CR is not None,
@@ -184,21 +184,21 @@ def launch(
     )
 
 
-_ABSMAX_ROWS, _ABSMAX_COLUMNS = 16, 512
+_ABSMAX_BLOCK_R, _ABSMAX_BLOCK_C = 16, 512
 
 
 @triton.jit
 def _absmax_kernel(
-    x_ptr, partial_ptr, num_rows, num_columns, x_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    x_ptr, partial_ptr, num_rows, num_columns, x_stride, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     """Program p: largest `magnitude_bits` of tiles p, p + P, p + 2 P, ... of P programs."""
-    tiles_per_row = tl.cdiv(num_columns, COLUMNS)
-    num_tiles = tl.cdiv(num_rows, ROWS) * tiles_per_row
-    bits = tl.zeros([ROWS, COLUMNS], tl.int32)
+    tiles_per_row = tl.cdiv(num_columns, BLOCK_C)
+    num_tiles = tl.cdiv(num_rows, BLOCK_R) * tiles_per_row
+    bits = tl.zeros([BLOCK_R, BLOCK_C], tl.int32)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        rows = (tile // tiles_per_row) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        rows = (tile // tiles_per_row) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
         rows = tl.minimum(rows, num_rows - 1)  # a row seen twice changes no maximum
-        columns = (tile % tiles_per_row) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        columns = (tile % tiles_per_row) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
         x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns, mask=columns < num_columns, other=0.0)
         bits = tl.maximum(bits, magnitude_bits(x))
     tl.store(partial_ptr + tl.program_id(0), tl.max(tl.max(bits, axis=1), axis=0))
@@ -215,8 +215,8 @@ def _quantize_tiles_kernel(
     num_rows,
     num_columns,
     x_stride,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     MAX_PARTIALS: tl.constexpr,
     SAME: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -225,11 +225,11 @@ def _quantize_tiles_kernel(
     partial = tl.load(partial_ptr + index, mask=index < num_partials, other=0)
     scale, inverse = scale_and_inverse(tl.max(partial, axis=0))
     tl.store(scale_ptr, scale)  # every program writes the same bits
-    tiles_per_row = tl.cdiv(num_columns, COLUMNS)
-    num_tiles = tl.cdiv(num_rows, ROWS) * tiles_per_row
+    tiles_per_row = tl.cdiv(num_columns, BLOCK_C)
+    num_tiles = tl.cdiv(num_rows, BLOCK_R) * tiles_per_row
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        rows = (tile // tiles_per_row) * ROWS + tl.arange(0, ROWS).to(tl.int64)
-        columns = (tile % tiles_per_row) * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
+        rows = (tile // tiles_per_row) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+        columns = (tile % tiles_per_row) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
         mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
         x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
         x_q = round_to_int8(x, inverse)

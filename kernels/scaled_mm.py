@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from swcompile.kernels import scaled_mm_kernels
 from swcompile.kernels.library import Work, define_op
-from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_copy_engine, launch
+from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_tma, launch
 from swcompile.kernels.tuning import Tuner, bucket
 
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -101,11 +101,11 @@ def scaled_mm_triton(
     def run(config: MatmulConfig) -> None:
         launch(config, a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N, out_MN)
 
-    copies_fit = fits_copy_engine(a_q_MK, b_q_NK, out_MN)
-    flags = (bias_N is not None, scale_b.numel() > 1, copies_fit)
+    tma_fits = fits_tma(a_q_MK, b_q_NK, out_MN)
+    flags = (bias_N is not None, scale_b.numel() > 1, tma_fits)
     key = (bucket(num_rows), num_columns, num_summed, out_dtype, *flags)
     device = a_q_MK.device
-    run(TUNER.choose(key, lambda: candidates(device, copies_fit), run, device))
+    run(TUNER.choose(key, lambda: candidates(device, tma_fits), run, device))
     return out_MN
 
 

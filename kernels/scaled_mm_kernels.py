@@ -17,15 +17,15 @@ class MatmulConfig(NamedTuple):
     """Tile and schedule of one of the two kernels."""
 
     kernel: str
-    """ "wgmma": Hopper only; "tma": operands and result moved by the copy engine, Hopper and later; "pointers": any."""
-    rows: int
-    columns: int
-    summed: int
+    """ "wgmma": Hopper only; "tma": tiles moved by the tensor memory accelerator, Hopper and later; "pointers": any."""
+    block_m: int
+    block_n: int
+    block_k: int
     """Elements of K a step."""
     num_warps: int
     num_stages: int
     """Steps whose operands are in flight or in use."""
-    group_rows: int = 8
+    group_m: int = 8
     """Tiles of rows that are worked on together, so that operands meet in the L2 cache."""
     num_stores: int = 1
     """Not of "pointers": 2 stores the tile in two halves, which leaves more shared memory for stages."""
@@ -51,7 +51,7 @@ TMA_CANDIDATES = [
     MatmulConfig("tma", 128, 256, 128, 8, 4, num_stores=2),
     MatmulConfig("tma", 256, 128, 128, 8, 4, num_stores=2),
     MatmulConfig("tma", 128, 128, 128, 4, 3, num_stores=2, programs_each=2),
-    MatmulConfig("tma", 128, 256, 128, 8, 3, group_rows=16, num_stores=2),
+    MatmulConfig("tma", 128, 256, 128, 8, 3, group_m=16, num_stores=2),
     MatmulConfig("tma", 128, 128, 128, 8, 4, num_stores=2),
     MatmulConfig("tma", 64, 128, 128, 4, 4, num_stores=1, programs_each=2),
     MatmulConfig("tma", 64, 64, 128, 4, 6, num_stores=1, programs_each=2),
@@ -69,9 +69,9 @@ POINTER_CANDIDATES = [
 
 
 @cache
-def candidates(device: torch.device, copies_fit: bool) -> list[MatmulConfig]:
-    """What to choose among on a device; `copies_fit` is the answer of `fits_copy_engine` for the operands."""
-    if not copies_fit:
+def candidates(device: torch.device, tma_fits: bool) -> list[MatmulConfig]:
+    """What to choose among on a device; `tma_fits` is the answer of `fits_tma` for the operands."""
+    if not tma_fits:
         return POINTER_CANDIDATES
     return HOPPER_CANDIDATES if has_wgmma(device) else TMA_CANDIDATES
 
@@ -87,8 +87,8 @@ def has_wgmma(device: torch.device) -> bool:
     return True
 
 
-def fits_copy_engine(a_q_MK: torch.Tensor, b_q_NK: torch.Tensor, out_MN: torch.Tensor) -> bool:
-    """True where the copy engine exists (compute capability 9) and every row starts at a multiple of 16 bytes."""
+def fits_tma(a_q_MK: torch.Tensor, b_q_NK: torch.Tensor, out_MN: torch.Tensor) -> bool:
+    """True where there is a TMA (compute capability 9) and every row starts at a multiple of 16 bytes."""
     num_summed, row_bytes = a_q_MK.shape[1], out_MN.shape[1] * out_MN.element_size()
     return (
         device_facts(a_q_MK.device).capability >= (9, 0)
@@ -108,7 +108,7 @@ def launch(
 ) -> None:
     """Run one of the kernels in the given configuration on contiguous operands."""
     (num_rows, num_summed), num_columns = a_q_MK.shape, b_q_NK.shape[0]
-    num_programs = triton.cdiv(num_rows, config.rows) * triton.cdiv(num_columns, config.columns)
+    num_programs = triton.cdiv(num_rows, config.block_m) * triton.cdiv(num_columns, config.block_n)
     if config.kernel != "pointers":
         num_multiprocessors = device_facts(a_q_MK.device).num_multiprocessors
         num_programs = min(num_programs, config.programs_each * num_multiprocessors)
@@ -123,9 +123,9 @@ def launch(
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         blocks = (
-            [config.rows, config.summed],
-            [config.columns, config.summed],
-            [config.rows, config.columns // config.num_stores],
+            [config.block_m, config.block_k],
+            [config.block_n, config.block_k],
+            [config.block_m, config.block_n // config.num_stores],
         )
         operands = tuple(
             TensorDescriptor(tensor, tensor.shape, (tensor.shape[1], 1), block)
@@ -140,10 +140,10 @@ def launch(
         num_rows,
         num_columns,
         num_summed,
-        ROWS=config.rows,
-        COLUMNS=config.columns,
-        SUMMED=config.summed,
-        GROUP_ROWS=config.group_rows,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
         HAS_BIAS=bias_N is not None,
         SCALE_PER_COLUMN=scale_b.numel() > 1,
         **schedule,
@@ -154,13 +154,15 @@ def launch(
 
 
 @triton.jit
-def _tile_start(tile, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+def _tile_start(
+    tile, num_rows, num_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr
+):
     """First row and column of a tile. Tiles go down `GROUP` rows of tiles, then one column on."""
-    tiles_down, tiles_across = tl.cdiv(num_rows, ROWS), tl.cdiv(num_columns, COLUMNS)
+    tiles_down, tiles_across = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N)
     group = tile // (GROUP * tiles_across)
     height = tl.minimum(tiles_down - group * GROUP, GROUP)
     within = tile % (GROUP * tiles_across)
-    return (group * GROUP + within % height) * ROWS, (within // height) * COLUMNS
+    return (group * GROUP + within % height) * BLOCK_M, (within // height) * BLOCK_N
 
 
 @triton.jit
@@ -196,24 +198,24 @@ def _tma_kernel(
     num_rows,
     num_columns,
     num_summed,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SUMMED: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SCALE_PER_COLUMN: tl.constexpr,
     NUM_STORES: tl.constexpr,
 ):
-    num_tiles = tl.cdiv(num_rows, ROWS) * tl.cdiv(num_columns, COLUMNS)
+    num_tiles = tl.cdiv(num_rows, BLOCK_M) * tl.cdiv(num_columns, BLOCK_N)
     # Flattened with the loop over K, so that a tile's first operands are fetched while the last one is stored.
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
-        row, column = _tile_start(tile, num_rows, num_columns, ROWS, COLUMNS, GROUP_ROWS)
-        acc = tl.zeros((ROWS, COLUMNS), tl.int32)
-        for k in range(0, num_summed, SUMMED):
+        row, column = _tile_start(tile, num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+        for k in range(0, num_summed, BLOCK_K):
             acc = tl.dot(a_desc.load([row, k]), b_desc.load([column, k]).T, acc, out_dtype=tl.int32)
-        rows = row + tl.arange(0, ROWS)
+        rows = row + tl.arange(0, BLOCK_M)
         scale_a = tl.load(scale_a_ptr + rows, mask=rows < num_rows, other=0.0)
-        WIDTH: tl.constexpr = COLUMNS // NUM_STORES
+        WIDTH: tl.constexpr = BLOCK_N // NUM_STORES
         columns = column + tl.arange(0, WIDTH)
         if NUM_STORES == 1:
             out = _scale(
@@ -221,7 +223,7 @@ def _tma_kernel(
             )
             out_desc.store([row, column], out.to(out_desc.dtype))
         else:
-            left, right = tl.split(acc.reshape(ROWS, 2, WIDTH).permute(0, 2, 1))
+            left, right = tl.split(acc.reshape(BLOCK_M, 2, WIDTH).permute(0, 2, 1))
             out = _scale(
                 left, scale_a, scale_b_ptr, bias_ptr, columns, num_columns, HAS_BIAS, SCALE_PER_COLUMN
             )
@@ -250,28 +252,28 @@ def _pointer_kernel(
     num_rows,
     num_columns,
     num_summed,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SUMMED: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SCALE_PER_COLUMN: tl.constexpr,
 ):
-    row, column = _tile_start(tl.program_id(0), num_rows, num_columns, ROWS, COLUMNS, GROUP_ROWS)
-    rows = row + tl.arange(0, ROWS)
-    columns = column + tl.arange(0, COLUMNS)
-    summed = tl.arange(0, SUMMED)
+    row, column = _tile_start(tl.program_id(0), num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = row + tl.arange(0, BLOCK_M)
+    columns = column + tl.arange(0, BLOCK_N)
+    summed = tl.arange(0, BLOCK_K)
     # Rows and columns beyond the last wrap around: what they compute is not stored.
     a_ptrs = a_ptr + (rows % num_rows).to(tl.int64)[:, None] * num_summed + summed[None, :]
     b_ptrs = b_ptr + (columns % num_columns).to(tl.int64)[None, :] * num_summed + summed[:, None]
-    acc = tl.zeros((ROWS, COLUMNS), tl.int32)
-    for k in range(0, num_summed, SUMMED):
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for k in range(0, num_summed, BLOCK_K):
         mask = summed < num_summed - k
         a = tl.load(a_ptrs, mask=mask[None, :], other=0)
         b = tl.load(b_ptrs, mask=mask[:, None], other=0)
         acc = tl.dot(a, b, acc, out_dtype=tl.int32)
-        a_ptrs += SUMMED
-        b_ptrs += SUMMED
+        a_ptrs += BLOCK_K
+        b_ptrs += BLOCK_K
     scale_a = tl.load(scale_a_ptr + rows, mask=rows < num_rows, other=0.0)
     out = _scale(acc, scale_a, scale_b_ptr, bias_ptr, columns, num_columns, HAS_BIAS, SCALE_PER_COLUMN)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]

@@ -49,20 +49,20 @@ def launch_wgmma(
     """Run the kernel on contiguous operands whose rows start at multiples of 16 bytes, one tile a program at least."""
     (num_rows, num_summed), num_columns = a_q_MK.shape, b_q_NK.shape[0]
     wgmma_kernel[(num_programs,)](
-        _descriptor(a_q_MK, config.rows, config.summed),
-        _descriptor(b_q_NK, config.columns, config.summed),
-        _descriptor(out_MN, config.rows // 2, config.columns // config.num_stores),
+        _descriptor(a_q_MK, config.block_m, config.block_k),
+        _descriptor(b_q_NK, config.block_n, config.block_k),
+        _descriptor(out_MN, config.block_m // 2, config.block_n // config.num_stores),
         scale_a_M1,
         scale_b,
         bias_N,
         num_rows,
         num_columns,
         num_summed,
-        ROWS=config.rows,
-        COLUMNS=config.columns,
-        SUMMED=config.summed,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
         STAGES=config.num_stages,
-        GROUP=config.group_rows,
+        GROUP=config.group_m,
         NUM_STORES=config.num_stores,
         LEAD=config.lead,
         HAS_BIAS=bias_N is not None,
@@ -84,13 +84,15 @@ def _layout(rows: int, columns: int, itemsize: int) -> gl.NVMMASharedLayout:
 
 
 @gluon.jit
-def _tile_start(tile, num_rows, num_columns, ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
+def _tile_start(
+    tile, num_rows, num_columns, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr
+):
     """First row and column of a tile. Tiles go down `GROUP` rows of tiles, then one column on."""
-    tiles_down, tiles_across = gl.cdiv(num_rows, ROWS), gl.cdiv(num_columns, COLUMNS)
+    tiles_down, tiles_across = gl.cdiv(num_rows, BLOCK_M), gl.cdiv(num_columns, BLOCK_N)
     group = tile // (GROUP * tiles_across)
     height = min(tiles_down - group * GROUP, GROUP)
     within = tile % (GROUP * tiles_across)
-    return (group * GROUP + within % height) * ROWS, (within // height) * COLUMNS
+    return (group * GROUP + within % height) * BLOCK_M, (within // height) * BLOCK_N
 
 
 @gluon.jit
@@ -99,25 +101,25 @@ def _load(
     b_desc,
     shared,
     sizes,
-    ROWS: gl.constexpr,
-    COLUMNS: gl.constexpr,
-    SUMMED: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):
     a_ring, b_ring, _, loaded, free, _ = shared
     num_rows, num_columns, num_summed = sizes
-    num_tiles = gl.cdiv(num_rows, ROWS) * gl.cdiv(num_columns, COLUMNS)
+    num_tiles = gl.cdiv(num_rows, BLOCK_M) * gl.cdiv(num_columns, BLOCK_N)
     step = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        row, column = _tile_start(tile, num_rows, num_columns, ROWS, COLUMNS, GROUP)
-        for k in range(0, num_summed, SUMMED):
+        row, column = _tile_start(tile, num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP)
+        for k in range(0, num_summed, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(
                 free.index(stage), (step // STAGES + 1) & 1
             )  # the first time round it is free at once
             barrier = loaded.index(stage)
-            mbarrier.expect(barrier, (ROWS + COLUMNS) * SUMMED)
+            mbarrier.expect(barrier, (BLOCK_M + BLOCK_N) * BLOCK_K)
             _async_load(a_desc, [row, k], barrier, a_ring.index(stage))
             _async_load(b_desc, [column, k], barrier, b_ring.index(stage))
             step += 1
@@ -130,9 +132,9 @@ def _multiply(
     shared,
     sizes,
     HALF: gl.constexpr,
-    ROWS: gl.constexpr,
-    COLUMNS: gl.constexpr,
-    SUMMED: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     NUM_STORES: gl.constexpr,
@@ -143,13 +145,13 @@ def _multiply(
     scale_a_ptr, scale_b_ptr, bias_ptr = pointers
     a_ring, b_ring, out_halves, loaded, free, started = shared
     num_rows, num_columns, num_summed = sizes
-    HEIGHT: gl.constexpr = ROWS // 2
+    HEIGHT: gl.constexpr = BLOCK_M // 2
     # Triton knows int8 instructions up to 224 columns, of which the largest power of two is 128.
     layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, min(128, COLUMNS), 32]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, min(128, BLOCK_N), 32]
     )
-    num_tiles = gl.cdiv(num_rows, ROWS) * gl.cdiv(num_columns, COLUMNS)
-    num_steps = gl.cdiv(num_summed, SUMMED)
+    num_tiles = gl.cdiv(num_rows, BLOCK_M) * gl.cdiv(num_columns, BLOCK_N)
+    num_steps = gl.cdiv(num_summed, BLOCK_K)
     out_tile = out_halves.index(HALF)
     if not PER_COLUMN:
         scale_b = gl.load(scale_b_ptr)
@@ -157,11 +159,11 @@ def _multiply(
         mbarrier.wait(started, 0)
     step = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        row, column = _tile_start(tile, num_rows, num_columns, ROWS, COLUMNS, GROUP)
+        row, column = _tile_start(tile, num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP)
         row += HALF * HEIGHT
         rows = row + gl.arange(0, HEIGHT, gl.SliceLayout(1, layout))
         scale_a = gl.load(scale_a_ptr + rows, mask=rows < num_rows, other=0.0)
-        acc = gl.zeros([HEIGHT, COLUMNS], gl.int32, layout)
+        acc = gl.zeros([HEIGHT, BLOCK_N], gl.int32, layout)
         for k in range(num_steps):
             stage = step % STAGES
             mbarrier.wait(loaded.index(stage), (step // STAGES) & 1)
@@ -178,7 +180,7 @@ def _multiply(
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
 
-        columns = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+        columns = column + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
         if PER_COLUMN:
             scale_b = gl.expand_dims(gl.load(scale_b_ptr + columns, mask=columns < num_columns, other=0.0), 0)
         out = (acc.to(gl.float32) * gl.expand_dims(scale_a, 1)) * scale_b
@@ -189,9 +191,9 @@ def _multiply(
         if NUM_STORES == 1:
             _store(out_desc, out_tile, out, row, column)
         else:
-            left, right = out.reshape((HEIGHT, 2, COLUMNS // 2)).permute((0, 2, 1)).split()
+            left, right = out.reshape((HEIGHT, 2, BLOCK_N // 2)).permute((0, 2, 1)).split()
             _store(out_desc, out_tile, left, row, column)
-            _store(out_desc, out_tile, right, row, column + COLUMNS // 2)
+            _store(out_desc, out_tile, right, row, column + BLOCK_N // 2)
     tma.store_wait(0)
 
 
@@ -214,9 +216,9 @@ def wgmma_kernel(
     num_rows,
     num_columns,
     num_summed,
-    ROWS: gl.constexpr,
-    COLUMNS: gl.constexpr,
-    SUMMED: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     NUM_STORES: gl.constexpr,
@@ -225,10 +227,10 @@ def wgmma_kernel(
     PER_COLUMN: gl.constexpr,
 ):
     gl.static_assert(LEAD < STAGES, "half 0 cannot be further ahead than there are stages")
-    a_ring = gl.allocate_shared_memory(gl.int8, [STAGES, ROWS, SUMMED], a_desc.layout)
-    b_ring = gl.allocate_shared_memory(gl.int8, [STAGES, COLUMNS, SUMMED], b_desc.layout)
+    a_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, BLOCK_K], a_desc.layout)
+    b_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_N, BLOCK_K], b_desc.layout)
     out_halves = gl.allocate_shared_memory(
-        out_desc.dtype, [2, ROWS // 2, COLUMNS // NUM_STORES], out_desc.layout
+        out_desc.dtype, [2, BLOCK_M // 2, BLOCK_N // NUM_STORES], out_desc.layout
     )
     loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -237,18 +239,18 @@ def wgmma_kernel(
         mbarrier.init(loaded.index(stage), count=1)
         mbarrier.init(free.index(stage), count=2)
     mbarrier.init(started, count=1)
-    fence_async_shared()  # the copy engine sees the barriers as they are now
+    fence_async_shared()  # the TMA sees the barriers as they are now
     shared = (a_ring, b_ring, out_halves, loaded, free, started)
     sizes = (num_rows, num_columns, num_summed)
     pointers = (scale_a_ptr, scale_b_ptr, bias_ptr)
     # Written out twice: a tuple that is given a name turns its constants into values of run time.
     gl.warp_specialize(
         [
-            (_multiply, (out_desc, pointers, shared, sizes, 0, ROWS, COLUMNS, SUMMED, STAGES, GROUP, NUM_STORES, LEAD,
-                         HAS_BIAS, PER_COLUMN)),
-            (_multiply, (out_desc, pointers, shared, sizes, 1, ROWS, COLUMNS, SUMMED, STAGES, GROUP, NUM_STORES, LEAD,
-                         HAS_BIAS, PER_COLUMN)),
-            (_load, (a_desc, b_desc, shared, sizes, ROWS, COLUMNS, SUMMED, STAGES, GROUP)),
+            (_multiply, (out_desc, pointers, shared, sizes, 0, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP, NUM_STORES,
+                         LEAD, HAS_BIAS, PER_COLUMN)),
+            (_multiply, (out_desc, pointers, shared, sizes, 1, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP, NUM_STORES,
+                         LEAD, HAS_BIAS, PER_COLUMN)),
+            (_load, (a_desc, b_desc, shared, sizes, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP)),
         ],
         [4, 1],
         [232, 40],

@@ -3,20 +3,18 @@
 Every configuration of a kernel gives the same bits, so a choice changes time only: ranks of one job may choose apart.
 """
 
-import json
-import os
-import tempfile
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from hashlib import sha256
 from itertools import pairwise
 from math import log2
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from swcompile.kernels.launch import HAS_TRITON, device_facts, triton
+from swcompile.kernels.measurements import MeasurementFile
 
 
 class ConfigLike(Hashable, Protocol):
@@ -60,35 +58,6 @@ def measure_ms(run: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     times = sorted(start.elapsed_time(end) for start, end in pairwise(events[1:]))
     return times[len(times) // 2]
-
-
-class _DiskFile(NamedTuple):
-    """One kernel's remembered choices on one GPU model."""
-
-    path: Path
-
-    def read(self) -> dict[str, Any]:
-        """All entries; none if the file is missing or damaged."""
-        try:
-            entries = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            return {}
-        return entries if isinstance(entries, dict) else {}
-
-    def add(self, key: str, config: dict[str, Any]) -> None:
-        """Merge one entry in and replace the file in one step.
-
-        Of two processes that write at once one may lose its entry, and tunes again. A cache that cannot be written
-        costs time, never a run.
-        """
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
-            with os.fdopen(handle, "w") as file:
-                json.dump(self.read() | {key: config}, file, indent=0)
-            os.replace(temporary, self.path)
-        except OSError:
-            pass
 
 
 class Tuner(Generic[Config]):
@@ -136,8 +105,8 @@ class Tuner(Generic[Config]):
     ) -> Config:
         if device.type == "cpu" or len(candidates) == 1:
             return candidates[0]
-        disk = _DiskFile(self._path(device))
-        stored = disk.read().get(str(key))
+        file = MeasurementFile(self._path(device))
+        stored = file.read().get(str(key))
         for config in candidates:
             if config._asdict() == stored:
                 self._chosen[device, key] = config
@@ -146,7 +115,7 @@ class Tuner(Generic[Config]):
             return self._nearest(key, device) or candidates[0]
         config = self._time(candidates, run)
         self._chosen[device, key] = config
-        disk.add(str(key), config._asdict())
+        file.add(str(key), config._asdict(), instead_of=stored)
         return config
 
     def _time(self, candidates: Sequence[Config], run: Callable[[Config], object]) -> Config:

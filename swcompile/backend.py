@@ -8,17 +8,23 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swcompile.cost import rates_fingerprint
-from swcompile.graph import hint
-from swcompile.joint import JointPass, copy_graph, is_whole, names_in_sight, parameter_names, trace_joint
+from swcompile.cost import rates_fingerprint, size_buckets, symbolic_sizes
+from swcompile.joint import (
+    JointPass,
+    copy_graph,
+    is_whole,
+    names_in_sight,
+    parameter_names,
+    read_options,
+    trace_joint,
+)
 from swcompile.kernels.launch import require_supported_gpu
 from swcompile.passes import joint_passes
-from swcompile.pipeline import Pass, log
-from swcompile.recipe import OPTIONS, Recipe, closest, make_recipe
+from swcompile.pipeline import log
+from swcompile.recipe import Recipe
 from swcompile.report import Decision, Report
 
 _reports: deque[Report] = deque(maxlen=64)
@@ -55,7 +61,7 @@ def switchback(
             or a matmul that was asked for and cannot be rewritten.
         RuntimeError: a GPU without int8 tensor cores (compute capability below 8.0).
     """
-    recipe, patches = _read_options(options or {}, mode)
+    recipe, patches = read_options(options or {}, mode)
     names = parameter_names(gm, example_inputs)
     _check_patterns(recipe, gm, names)
     devices = {value.device for value in example_inputs if isinstance(value, torch.Tensor)}
@@ -63,21 +69,32 @@ def switchback(
         if device.type == "cuda":
             require_supported_gpu(device.index)
     passes = joint_passes(recipe, is_whole=is_whole(gm))
-    retrace = _Retrace(gm, example_inputs, passes, names)
-    report = Report(recipe.name, find=retrace)
-    _reports.append(report)
     joint_pass = JointPass(
         passes,
         names=names,
-        identity=rates_fingerprint(devices, _dtypes(gm, devices)) if recipe.skip_slower and names else "",
-        before=patches.pop("joint_custom_pre_pass", None),
+        identity=_cost_identity(gm, example_inputs) if recipe.skip_slower and names else "",
+        before=patches.get("joint_custom_pre_pass"),
         strict=recipe.strict,
-        on_decisions=report.record,
     )
+    report = Report(recipe.name, find=_Retrace(gm, example_inputs, joint_pass, patches))
+    joint_pass.on_decisions = report.record
+    _reports.append(report)
     compiled = compile_fx(gm, example_inputs, config_patches=patches | {"joint_custom_pre_pass": joint_pass})
     # A summary of what no pass has seen would trace the graph again: left to who asks.
     log.info("%s", report.summary() if report.is_recorded else f"{recipe.name}: from the cache; see swcompile.reports()")
     return compiled
+
+
+def _cost_identity(gm: fx.GraphModule, inputs: Sequence[Any]) -> str:
+    """What the cost rule's decisions rest on, besides the graph: the devices' rates, and hints of symbolic sizes."""
+    devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
+    return repr((rates_fingerprint(devices, _dtypes(gm, devices)), size_buckets(_symbolic(gm, inputs))))
+
+
+def _symbolic(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """The inputs, with Dynamo's fake tensor in place of a real one some of whose sizes are symbolic in the graph."""
+    traced = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
+    return [fake if symbolic_sizes([fake]) else value for fake, value in zip(traced, inputs, strict=True)]
 
 
 def _dtypes(gm: fx.GraphModule, devices: Iterable[torch.device]) -> set[torch.dtype]:
@@ -86,21 +103,6 @@ def _dtypes(gm: fx.GraphModule, devices: Iterable[torch.device]) -> set[torch.dt
     found = {value.dtype for value in values if isinstance(value, torch.Tensor)}
     kinds = {device.type for device in devices}
     return found | {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
-
-
-def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Recipe, dict[str, Any]]:
-    """(recipe, Inductor's config patches)."""
-    rest = dict(options)
-    mode = rest.pop("mode", mode)
-    inductor = rest.pop("inductor", None) or {}
-    known = (*OPTIONS, "mode", "inductor")
-    for option in rest:
-        if option not in known:
-            raise ValueError(f"unknown option {option!r}; did you mean {closest(option, known)!r}?")
-    modes = list_mode_options()
-    if mode is not None and mode not in modes:
-        raise ValueError(f"unknown mode {mode!r}; did you mean {closest(str(mode), modes)!r}?")
-    return make_recipe(rest), {**(list_mode_options(mode) if mode else {}), **inductor}
 
 
 def _check_patterns(recipe: Recipe, gm: fx.GraphModule, names: Mapping[int, str]) -> None:
@@ -118,14 +120,18 @@ def _check_patterns(recipe: Recipe, gm: fx.GraphModule, names: Mapping[int, str]
 class _Retrace:
     """Finds the decisions about a graph again, for a compilation that came from Inductor's cache and ran no pass.
 
-    Keeps the Dynamo graph, which is small, and of its inputs only what they look like.
+    Keeps the Dynamo graph, which is small, and of its inputs only what they look like, symbolic sizes included.
     """
 
-    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], passes: list[Pass], names: dict[int, str]):
+    def __init__(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], joint_pass: JointPass, options: Mapping[str, Any]
+    ):
         self.gm = fx.GraphModule(gm, copy_graph(gm.graph))
-        self.inputs = [_describe(value) for value in inputs]
-        self.passes = passes
-        self.names = names
+        traced = _symbolic(gm, inputs)
+        self.inputs = [_describe(value, fake) for value, fake in zip(inputs, traced, strict=True)]
+        self.shape_env = next((size.node.shape_env for size in symbolic_sizes(traced)), None)
+        self.joint_pass = joint_pass
+        self.options = options
         self.grad = torch.is_grad_enabled()
         self.autocast = [
             torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
@@ -134,25 +140,23 @@ class _Retrace:
 
     def __call__(self) -> list[Decision]:
         decisions: list[Decision] = []
-        hook = JointPass(self.passes, names=self.names, on_decisions=decisions.extend)
+        ran = self.joint_pass
+        hook = JointPass(ran.passes, names=ran.names, before=ran.before, on_decisions=decisions.extend)
         with contextlib.ExitStack() as state:
-            mode = FakeTensorMode()
+            mode = FakeTensorMode(shape_env=self.shape_env)
             inputs = [value(mode) if callable(value) else value for value in self.inputs]
             state.enter_context(torch.set_grad_enabled(self.grad))
             for autocast in self.autocast:
                 state.enter_context(autocast)
-            trace_joint(self.gm, inputs, hook)
+            trace_joint(self.gm, inputs, hook, self.options)
         return decisions
 
 
-def _describe(value: Any) -> Any:
-    """A function that makes a fake tensor like `value`, symbolic sizes by their hints; a size's hint; or the value."""
-    if isinstance(value, torch.SymInt):
-        return hint(value)
+def _describe(value: Any, fake: Any) -> Any:
+    """A function that makes a fake tensor like `value`, with the sizes of `fake`; or the value, if it is no tensor."""
     if not isinstance(value, torch.Tensor):
         return value
-    shape = [hint(size) for size in value.shape]
-    stride = [hint(step) for step in value.stride()]
+    shape, stride = tuple(fake.shape), fake.stride()
     dtype, device, grad = value.dtype, value.device, value.requires_grad
     is_parameter = isinstance(value, torch.nn.Parameter)
 

@@ -1,8 +1,7 @@
 """Look at a model without compiling it: `explain` says what would be rewritten, `capture` gives the joint graph."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +9,19 @@ from torch import fx, nn
 from torch._functorch._aot_autograd import descriptors
 
 from swcompile import graph as facts
-from swcompile.joint import JointPass, copy_graph, is_whole, parameter_names, raise_violations, trace_joint
+from swcompile.joint import (
+    JointPass,
+    copy_graph,
+    is_buffer,
+    is_whole,
+    names_in_sight,
+    parameter_names,
+    raise_violations,
+    read_options,
+    trace_joint,
+)
 from swcompile.passes import joint_passes
 from swcompile.pipeline import Pass, format_graph, run_passes
-from swcompile.recipe import make_recipe
 from swcompile.report import Decision, Report
 
 
@@ -28,7 +36,8 @@ def explain(
         model: the model, or a function that calls one.
         inputs: what to call it with, as in training.
         kwargs: keyword arguments to call it with.
-        options: as for the backend: ``recipe``, ``include``, ``exclude``, ``strict``, ``skip_slower``.
+        options: as for the backend: ``recipe``, ``include``, ``exclude``, ``strict``, ``skip_slower``; ``mode`` and
+            ``inductor``, too, as CUDA graphs decide whether the time of launching counts.
 
     Returns:
         One report over all graphs of the model.
@@ -37,16 +46,17 @@ def explain(
         ValueError: an unknown option; with ``strict``, a pattern that matches no parameter, or a matmul that was
             asked for and cannot be rewritten.
     """
-    recipe = make_recipe(options)
+    recipe, patches = read_options(options)
     report = Report(recipe.name, [])
     names: set[str] = set()
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         known = parameter_names(gm, example_inputs)
-        names.update(known.values())
+        names.update(names_in_sight(gm, known.values())[0])
         passes = joint_passes(recipe, is_whole=is_whole(gm))
-        hook = JointPass(passes, names=known, on_decisions=report.record)
-        return trace_joint(gm, example_inputs, hook)
+        before = patches.get("joint_custom_pre_pass")
+        hook = JointPass(passes, names=known, before=before, on_decisions=report.record)
+        return trace_joint(gm, example_inputs, hook, patches)
 
     _call_with(backend, model, inputs, kwargs, fullgraph=False)
     unmatched = recipe.unmatched_patterns(names)
@@ -88,8 +98,16 @@ class JointGraph:
 
         Returns:
             The model's outputs, and each parameter's gradient by name.
+
+        Raises:
+            ValueError: another number of tangents than of differentiable outputs.
         """
-        arguments = []
+        wanted = sum(isinstance(node.meta.get("desc"), descriptors.TangentAOTInput) for node in self.graph.nodes)
+        if tangents and len(tangents) != wanted:
+            raise ValueError(
+                f"{len(tangents)} tangents for a graph with {wanted} differentiable outputs; give one for each, or none"
+            )
+        arguments: list[Any] = []
         given = iter(tangents)
         for node in self.graph.find_nodes(op="placeholder"):
             source = node.meta.get("desc")
@@ -106,8 +124,10 @@ class JointGraph:
         names = {node.meta["desc"].idx: name for node, name in facts.parameters(self.graph).items()}
         outputs, gradients = [], {}
         for value, target in zip(results, self.graph.output_node().meta["desc"], strict=True):
-            if not isinstance(target, descriptors.GradAOTOutput):
+            if isinstance(target, descriptors.PlainAOTOutput):
                 outputs.append(value)
+            elif not isinstance(target, descriptors.GradAOTOutput):
+                continue  # nothing that the model returns: the place of a gradient that an input does not need
             elif isinstance(target.grad_of, descriptors.PlainAOTInput) and target.grad_of.idx in names:
                 gradients[names[target.grad_of.idx]] = value
         return outputs, gradients
@@ -162,21 +182,27 @@ def _call_with(
     # Dynamo keeps what it compiled, and which sizes it saw change, with the code object: give it one of our own.
     call.__code__ = call.__code__.replace()
     devices = {value.device for value in torch.utils._pytree.tree_leaves((inputs, kwargs)) if _on_gpu(value)}
-    with torch.random.fork_rng(sorted(devices, key=str)), _kept_buffers(model):
-        torch.compile(call, backend=backend, fullgraph=fullgraph, dynamic=False)(*inputs, **(kwargs or {}))
+    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
+    kept = {id(buffer): (buffer, buffer.clone()) for buffer in buffers}
+
+    def keep_and_trace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+            if is_buffer(node) and id(value) not in kept:  # of a module that a function calls
+                kept[id(value)] = value, value.clone()
+        return backend(gm, example_inputs)
+
+    with torch.random.fork_rng(sorted(devices, key=str)):
+        try:
+            torch.compile(call, backend=keep_and_trace, fullgraph=fullgraph, dynamic=False)(*inputs, **(kwargs or {}))
+        finally:
+            _restore(kept.values())
 
 
 def _on_gpu(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == "cuda"
 
 
-@contextlib.contextmanager
-def _kept_buffers(model: Any) -> Iterator[None]:
-    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
-    kept = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, kept, strict=True):
-                buffer.copy_(value)
+def _restore(kept: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, value in kept:
+            buffer.copy_(value)

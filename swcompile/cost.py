@@ -1,28 +1,30 @@
 """Predicts whether a matmul is faster in int8, from its work and the device's measured rates."""
 
 import dataclasses
-import functools
-import json
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import sympy
 import torch
 from torch._inductor import config as inductor_config
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.sym_node import SymNode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from swcompile.graph import Matmul, sizes
+from swcompile.graph import Matmul, hint
 from swcompile.kernels.library import Work
+from swcompile.kernels.measurements import MeasurementFile
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE, quantize_rowwise_work
 from swcompile.kernels.quantize_tensorwise import quantize_tensorwise_work
 from swcompile.kernels.scaled_mm import SCALED_MM, scaled_mm_work
+from swcompile.kernels.tuning import bucket
 from swcompile.pipeline import source_fingerprint
 from swcompile.recipe import GemmFormat, Scaling
+from swcompile.values import unrounded
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -91,7 +93,7 @@ def _original(matmul: Matmul, rates: DeviceRates | None) -> tuple[float, float]:
     if value.dtype not in _DTYPES:
         return 0.0, 0.0
     rates = rates or device_rates(value.device, value.dtype)
-    m, n, k = matmul.shape
+    m, n, k = _shape(matmul)
     work = Work(flops=2 * m * n * k, bytes=value.dtype.itemsize * (m * k + n * k + m * n))
     return max(work.flops / rates.matmul, work.bytes / rates.quantize) + rates.kernel, rates.matmul_call
 
@@ -100,10 +102,11 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     matmul, gemm, sharers = candidate
     value = matmul.node.meta["val"]
     rates = rates or device_rates(value.device, value.dtype)
-    m, n, k = matmul.shape
+    m, n, k = _shape(matmul)
     itemsize = value.dtype.itemsize
     weight = matmul.lhs if matmul.weight_on_left else matmul.rhs
-    weight_rows = math.prod(sizes(weight)[-2:]) // k
+    weight_rows = bucketed(weight.meta["val"].shape[-2 if matmul.weight_on_left else -1])
+    weight_itemsize = unrounded(weight)[0].meta["val"].dtype.itemsize  # under autocast, of the parameter itself
     other_rows = m + n - weight_rows
 
     original, original_host = _original(matmul, rates)
@@ -112,7 +115,7 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     # An operand with one scale is read twice, and its absmax is a kernel of its own.
     weight_kernels = 2 if gemm.weight is Scaling.TENSOR else 1
     quantize = quantize_tensorwise_work if gemm.weight is Scaling.TENSOR else quantize_rowwise_work
-    quantize_weight = quantize(weight_rows, k, itemsize).bytes / rates.quantize + weight_kernels * rates.kernel
+    quantize_weight = quantize(weight_rows, k, weight_itemsize).bytes / rates.quantize + weight_kernels * rates.kernel
     return _Times(
         original=original,
         int8=max(multiply.flops / rates.int8_matmul, multiply.bytes / rates.quantize)
@@ -124,17 +127,69 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     )
 
 
+def _shape(matmul: Matmul) -> tuple[int, int, int]:
+    """(M, N, K) with the batch folded into M, symbolic sizes in buckets."""
+    *rows, k = (bucketed(size) for size in matmul.lhs.meta["val"].shape)
+    n = matmul.node.meta["val"].shape[-1] if matmul.node.meta["val"].dim() > 1 else 1
+    return math.prod(rows), bucketed(n), k
+
+
+def bucketed(size: int | torch.SymInt) -> int:
+    """The size itself, or of a symbolic one its value where each symbol is its hint rounded up to a power of two.
+
+    Decisions rest on these values, and a cache key holds them (`size_buckets`): a graph that is compiled once for
+    any number of tokens then gets the same decisions from every number in the bucket.
+    """
+    if not isinstance(size, torch.SymInt):
+        return size
+    node = size.node
+    hints = {symbol: bucket(_symbol_hint(symbol, node.shape_env)) for symbol in node.expr.free_symbols}
+    return int(node.expr.subs(hints))
+
+
+def symbolic_sizes(values: Iterable[Any]) -> list[torch.SymInt]:
+    """The symbolic ones among numbers and the sizes of tensors."""
+    shapes = (value.shape if isinstance(value, torch.Tensor) else (value,) for value in values)
+    return [size for shape in shapes for size in shape if isinstance(size, torch.SymInt)]
+
+
+def size_buckets(values: Iterable[Any]) -> dict[str, int]:
+    """Name -> bucketed hint of each symbol in numbers and the sizes of tensors."""
+    nodes = [size.node for size in symbolic_sizes(values)]
+    symbols = {symbol: node.shape_env for node in nodes for symbol in node.expr.free_symbols}
+    return dict(sorted((str(symbol), bucket(_symbol_hint(symbol, env))) for symbol, env in symbols.items()))
+
+
+def _symbol_hint(symbol: sympy.Symbol, shape_env: ShapeEnv) -> int:
+    return hint(torch.SymInt(SymNode(symbol, shape_env, int, None)))
+
+
 def device_rates(device: torch.device, dtype: torch.dtype) -> DeviceRates:
     """Rates of a device for a dtype. Measured once (under a second, and kernel tuning), then read from a file in
-    Inductor's cache folder."""
-    return _rates(_device_key(device, dtype), torch.device(device.type, device.index or 0), dtype)
+    Inductor's cache folder, where the first process to write decides for all that share it.
+
+    The rates are those of the device's model: GPUs of one name get the same, so ranks decide alike.
+    """
+    key = _device_key(device, dtype)
+    if key not in _known:
+        file = MeasurementFile(Path(cache_dir()) / "swcompile" / "device_rates.json")
+        stored = file.read().get(key)
+        rates = _rates_from(stored)
+        if rates is None:
+            measured = _measure(device, dtype)
+            rates = _rates_from(file.add(key, dataclasses.asdict(measured), instead_of=stored)) or measured
+        _known[key] = rates
+    return _known[key]
+
+
+_known: dict[str, DeviceRates] = {}
 
 
 def rates_fingerprint(devices: Iterable[torch.device], dtypes: Iterable[torch.dtype]) -> str:
     """What a cache key needs of the rates on which decisions rest."""
-    kinds = sorted({device.type for device in devices} & {"cpu", "cuda"})
-    measured = [dtype for dtype in _DTYPES if dtype in set(dtypes)]
-    return repr([(kind, dtype, device_rates(torch.device(kind), dtype)) for kind in kinds for dtype in measured])
+    measured = {device for device in devices if device.type in ("cpu", "cuda")}
+    wanted = [(device, dtype) for device in measured for dtype in set(dtypes).intersection(_DTYPES)]
+    return repr(sorted({(_device_key(*pair), repr(device_rates(*pair))) for pair in wanted}))
 
 
 def _device_key(device: torch.device, dtype: torch.dtype) -> str:
@@ -147,28 +202,28 @@ def _device_key(device: torch.device, dtype: torch.dtype) -> str:
     return f"{name}, torch {torch.__version__}, {dtype}, float32 {precision}, swcompile {source_fingerprint()[:16]}"
 
 
-@functools.cache
-def _rates(key: str, device: torch.device, dtype: torch.dtype) -> DeviceRates:
-    file = Path(cache_dir()) / "swcompile" / "device_rates.json"
-    known = _read(file)
-    if key not in known:
-        rates = _measure(device, dtype)
-        known = _read(file) | {key: dataclasses.asdict(rates)}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as scratch:
-            json.dump(known, scratch, indent=1)
-        os.replace(scratch.name, file)
-    return DeviceRates(**known[key])
+def _rates_from(stored: Any) -> DeviceRates | None:
+    """What the file holds for a device; None for what is no set of rates."""
+    fields = {field.name for field in dataclasses.fields(DeviceRates)}
+    if not isinstance(stored, dict) or stored.keys() != fields:
+        return None
+    are_numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in stored.values())
+    if not are_numbers or min(stored[field] for field in _NOT_ZERO) <= 0:
+        return None
+    return DeviceRates(**stored)
 
 
-def _read(file: Path) -> dict[str, dict[str, float]]:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):  # absent, or cut short by a crash: measure again
-        return {}
+_NOT_ZERO = ("matmul", "int8_matmul", "quantize", "kernel")
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> DeviceRates:
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # events, sleep and synchronize are the current device's
+            return _measure_current(device, dtype)
+    return _measure_current(device, dtype)
+
+
+def _measure_current(device: torch.device, dtype: torch.dtype) -> DeviceRates:
     on_gpu = device.type == "cuda"
     size = 4096 if on_gpu else 512
     rows = 8 * size if on_gpu else 2 * size

@@ -1,10 +1,13 @@
 """Runs passes over a graph, and checks after each one that the graph is legal. Prints graphs."""
 
 import dataclasses
+import enum
 import functools
 import hashlib
+import inspect
 import logging
 import time
+import types
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,9 +58,13 @@ def run_passes(graph: fx.Graph, passes: Sequence[Pass]) -> list[Decision]:
             dataclasses.replace(d, reason=f"{d.reason}; {result.notes[d.node]}") if d.node in result.notes else d
             for d in (*decisions, *result.decisions)
         ]
-        name = getattr(rewrite, "func", rewrite).__name__
-        log.debug("%s: %d rewrites in %.2f s", name, result.rewrites, time.perf_counter() - start)
+        log.debug("%s: %d rewrites in %.2f s", _name(rewrite), result.rewrites, time.perf_counter() - start)
     return decisions
+
+
+def _name(rewrite: Pass) -> str:
+    function = rewrite.func if isinstance(rewrite, functools.partial) else rewrite
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def verify(new: Iterable[fx.Node]) -> None:
@@ -159,6 +166,52 @@ def source_fingerprint() -> str:
         for file in sorted(folder.glob("*.py")):
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
+
+
+def pass_identity(rewrite: Pass) -> str | None:
+    """What a pass does, as text for a cache key: equal exactly for passes that do the same. None if nobody can tell.
+
+    A function is its name and defaults and, if it is not one of ours, its source; one with a closure, which can hold
+    anything, is nothing, and neither is a lambda, whose source is all of its line. Any other callable is its
+    ``uuid()``. `functools.partial` adds what it binds.
+    """
+    if isinstance(rewrite, functools.partial):
+        parts = [pass_identity(rewrite.func), _value_identity(rewrite.args), _value_identity(rewrite.keywords)]
+    elif not isinstance(rewrite, types.FunctionType):
+        kind, uuid = type(rewrite), getattr(rewrite, "uuid", None)
+        parts = [f"{kind.__module__}.{kind.__qualname__}", uuid() if callable(uuid) else None]
+    elif rewrite.__closure__ or rewrite.__name__ == "<lambda>":
+        return None
+    else:
+        parts = [f"{rewrite.__module__}.{rewrite.__qualname__}", _value_identity(rewrite.__defaults__)]
+        parts.append(_value_identity(rewrite.__kwdefaults__))
+        if not rewrite.__module__.startswith("swcompile."):  # whose source is part of the key already
+            parts.append(_source(rewrite))
+    return None if None in parts else repr(parts)
+
+
+def _value_identity(value: Any) -> str | None:
+    """A value bound to a pass as text: plain data, dataclasses and containers of it, and functions."""
+    if value is None or isinstance(value, (bool, int, float, str, bytes, enum.Enum, torch.dtype, torch.device)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        parts = [_value_identity(item) for item in value]
+    elif isinstance(value, dict):
+        parts = [_value_identity(pair) for pair in value.items()]
+    elif isinstance(value, (set, frozenset)):
+        parts = sorted((_value_identity(item) for item in value), key=str)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = [_value_identity((field.name, getattr(value, field.name))) for field in dataclasses.fields(value)]
+    else:
+        return pass_identity(value) if callable(value) else None
+    return None if None in parts else f"{type(value).__qualname__}{parts!r}"
+
+
+def _source(function: types.FunctionType) -> str | None:
+    try:
+        return inspect.getsource(function)
+    except OSError:  # typed at a prompt
+        return None
 
 
 _SHORT_DTYPES = {

@@ -42,7 +42,17 @@ class GemmFormat:
     weight: Scaling
     """Scaling of the operand that is the weight (in ``grad_weight``: of the activation)."""
     other: Scaling = Scaling.VECTOR
-    """Scaling of the other operand: the activation in ``output``, the output gradient in the other two."""
+    """Scaling of the other operand: the activation in ``output``, the output gradient in the other two. Always
+    `Scaling.VECTOR`: `scaled_mm` takes a scale for each row of one operand at least."""
+
+    def __post_init__(self) -> None:
+        for field in ("weight", "other"):
+            _check(f"GemmFormat: {field}", getattr(self, field), Scaling, "Scaling.VECTOR or Scaling.TENSOR")
+        if self.other is not Scaling.VECTOR:
+            raise ValueError(
+                f"GemmFormat: other is {self.other}, but must be Scaling.VECTOR, as scaled_mm takes a scale for each "
+                "row of an activation or gradient; give the weight one scale with weight=Scaling.TENSOR"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +79,19 @@ class Recipe:
     skip_slower: bool = True
     """Leave a matmul alone where int8 with its quantisation is predicted to be slower than the original."""
 
+    def __post_init__(self) -> None:
+        _check("Recipe: name", self.name, str, "a string")
+        for role in ("output", "grad_input", "grad_weight"):
+            _check(f"Recipe: {role}", getattr(self, role), (GemmFormat, type(None)), "a GemmFormat or None")
+        for flag in ("save_int8_activations", "strict", "skip_slower"):
+            _check(f"Recipe: {flag}", getattr(self, flag), bool, "True or False")
+        for field, value in (("include", self.include), ("exclude", self.exclude)):
+            if value is None and field == "include":
+                continue
+            if not isinstance(value, tuple) or not all(isinstance(pattern, str) for pattern in value):
+                example = (value,) if isinstance(value, str) else ("blocks.*", "head.weight")
+                raise ValueError(f"Recipe: {field} is {value!r}, but must be a tuple of globs, such as {example!r}")
+
     def format_of(self, role: Role) -> GemmFormat | None:
         """The format for matmuls of that role, or None to leave them."""
         return None if role is Role.OTHER else getattr(self, role.value)
@@ -90,6 +113,11 @@ class Recipe:
                 close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
                 unmatched[pattern] = close[0] if close else ""
         return unmatched
+
+
+def _check(what: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
+    if not isinstance(value, kinds):
+        raise ValueError(f"{what} is {value!r}, but must be {wanted}")  # noqa: TRY004 (as for any wrong option)
 
 
 def switchback() -> Recipe:
@@ -134,12 +162,10 @@ def make_recipe(options: Mapping[str, Any]) -> Recipe:
     Raises:
         ValueError: an unknown option or recipe, naming the closest legal one; a value of the wrong type.
     """
-    for option in options:
-        if option not in OPTIONS:
-            raise ValueError(f"unknown option {option!r}; did you mean {closest(option, OPTIONS)!r}?")
+    check_options(options, OPTIONS)
     recipe = options.get("recipe", "switchback")
     if not isinstance(recipe, Recipe):
-        if recipe not in RECIPES:
+        if not isinstance(recipe, str) or recipe not in RECIPES:
             raise ValueError(
                 f"unknown recipe {recipe!r}; did you mean {closest(str(recipe), RECIPES)!r}? "
                 f"Known: {', '.join(RECIPES)}"
@@ -157,6 +183,22 @@ def make_recipe(options: Mapping[str, Any]) -> Recipe:
     return dataclasses.replace(recipe, **changes)
 
 
+def check_options(options: Iterable[Any], known: Iterable[str]) -> None:
+    """Raise `ValueError` for an option that is not known, with what to write instead."""
+    known = tuple(known)
+    for option in options:
+        if option in _OF_PREPARE:
+            raise ValueError(
+                f"option {option!r} adds parameters to the model, which must exist before the optimizer is built: call "
+                f"swcompile.prepare(model, *inputs, {option}=True) first, and compile the model without the option"
+            )
+        if option not in known:
+            raise ValueError(f"unknown option {option!r}; did you mean {closest(str(option), known)!r}?")
+
+
+_OF_PREPARE = ("layer_scale", "qk_layernorm")
+
+
 def closest(word: str, known: Iterable[str]) -> str:
     """The legal word that is nearest to a wrong one."""
     return difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)[0]
@@ -164,7 +206,7 @@ def closest(word: str, known: Iterable[str]) -> str:
 
 def patterns(option: str, value: Any) -> tuple[str, ...]:
     """The value of an option that takes a glob or several."""
-    globs = (value,) if isinstance(value, str) else tuple(value)
-    if not all(isinstance(glob, str) for glob in globs):
+    globs = [value] if isinstance(value, str) else value
+    if not isinstance(globs, (list, tuple)) or not all(isinstance(glob, str) for glob in globs):
         raise ValueError(f"option {option!r} is {value!r}; it takes a glob or a list of globs")
-    return globs
+    return tuple(globs)

@@ -18,7 +18,7 @@ from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 import swcompile
-from swcompile import Role
+from swcompile import Role, cost
 
 WIDTH, TOKENS = 64, 40
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -172,6 +172,14 @@ def test_include_and_exclude() -> None:
         ({"skip_slower": "yes"}, "option 'skip_slower' is 'yes'; it takes True or False"),
         ({"include": [1]}, "it takes a glob or a list of globs"),
         ({"mode": "max-autotun"}, "unknown mode 'max-autotun'; did you mean 'max-autotune'"),
+        ({"mode": ["default"]}, r"unknown mode \['default'\]; did you mean 'default'"),
+        ({"inductor": "x"}, "option 'inductor' is 'x'; it takes a dict of Inductor's own options"),
+        ({"inductor": {"epilog_fusion": 1}}, "unknown option 'epilog_fusion' of Inductor; did you mean 'epilogue_fusion'"),
+        ({"recipe": ["switchback"]}, r"unknown recipe \['switchback'\]; did you mean 'switchback'"),
+        ({"include": 5}, "option 'include' is 5; it takes a glob or a list of globs"),
+        ({"exclude": {"a": 1}}, "option 'exclude' is {'a': 1}; it takes a glob or a list of globs"),
+        ({"layer_scale": True}, r"before the optimizer is built: call swcompile.prepare\(model, \*inputs, layer_scale=True"),
+        ({"qk_layernorm": True}, r"before the optimizer is built: call swcompile.prepare\(model, \*inputs, qk_lay"),
         ({"include": ["bloks.*"], "strict": True}, "pattern 'bloks.*' matches no parameter.*closest is 'blocks"),
     ],
 )
@@ -179,6 +187,24 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
     model, x = make()
     with pytest.raises(Exception, match=message):
         torch.compile(model, backend="switchback", options=options)(x)
+    if "strict" not in options:
+        with pytest.raises(ValueError, match=message):
+            swcompile.explain(model, x, **options)
+
+
+def test_explain_takes_the_options_that_concern_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = make()
+    graphs = []
+
+    def slow_host(candidate: Any, rates: Any) -> cost._Times:
+        """int8 is faster on the device, and slower where the host launches."""
+        return cost._Times(original=2e-6, int8=1e-6, original_host=1e-3, int8_host=1.0)
+
+    monkeypatch.setattr(cost, "_times", slow_host)
+    for mode, in_int8 in ((None, 0), ("default", 0), ("reduce-overhead", 4)):
+        report = swcompile.explain(model, x, mode=mode, inductor={"joint_custom_pre_pass": graphs.append})
+        assert report.num_rewritten(Role.OUTPUT) == in_int8
+    assert len(graphs) == 3
 
 
 def test_a_pattern_that_matches_nothing_is_a_warning() -> None:
@@ -243,12 +269,6 @@ def test_activation_checkpointing_gives_the_same_bits(recipe: str) -> None:
 
 
 def test_graph_breaks_keep_every_block_in_int8() -> None:
-    class Broken(Block):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            hidden = self.up(self.norm(x))
-            torch._dynamo.graph_break()
-            return x + self.down(nn.functional.gelu(hidden))
-
     torch.manual_seed(0)
     model, x = Broken(), torch.randn(TOKENS, WIDTH)
     actual = run(torch.compile(model, backend="switchback", options=EVERY), model, x)
@@ -266,10 +286,22 @@ def test_a_block_compiled_alone_has_no_head() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [None, True, "mark"])
-def test_seven_batch_sizes_compile_at_most_twice(dynamic: Any) -> None:
+@pytest.mark.parametrize("skip_slower", [False, True])
+def test_seven_batch_sizes_compile_at_most_twice(
+    dynamic: Any, skip_slower: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if skip_slower:  # decides in favour of int8 here, whatever this machine is
+        rates = cost.DeviceRates(
+            matmul=1e9, int8_matmul=1e12, quantize=1e12, kernel=1e-9, matmul_call=0.0, quantize_call=0.0
+        )
+        monkeypatch.setattr(cost, "device_rates", lambda device, dtype: rates)
     model, _ = make()
     compiled = torch.compile(
-        model, backend="switchback", options=EVERY, fullgraph=True, dynamic=True if dynamic is True else None
+        model,
+        backend="switchback",
+        options={"skip_slower": skip_slower},
+        fullgraph=True,
+        dynamic=True if dynamic is True else None,
     )
     for size in (8, 24, 40, 56, 72, 88, 104):
         x = torch.randn(size, WIDTH)
@@ -306,6 +338,7 @@ def test_inductor_options_pass_through() -> None:
         seen["epilogue_fusion"] = torch._inductor.config.epilogue_fusion
 
     inductor = {"epilogue_fusion": False, "post_grad_custom_post_pass": spy}
+    inductor |= {"triton.cudagraphs": False, "force_disable_caches": True}  # one of a group, and one with two names
     torch.compile(model, backend="switchback", options={"inductor": inductor, **EVERY})(x)
     assert seen == {"epilogue_fusion": False}
 
@@ -322,17 +355,34 @@ def test_a_hook_of_the_user_still_runs() -> None:
     assert len(seen) == 2 and seen[0] > 0 and seen[1] == -1
 
 
-def test_strict_patterns_may_match_in_another_graph_of_a_broken_model() -> None:
-    class Broken(Block):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            hidden = self.up(self.norm(x))
-            torch._dynamo.graph_break()
-            return x + self.down(nn.functional.gelu(hidden))
+class Broken(Block):
+    """A block in two graphs."""
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.up(self.norm(x))
+        torch._dynamo.graph_break()
+        return x + self.down(nn.functional.gelu(hidden))
+
+
+def test_strict_patterns_may_match_in_another_graph_of_a_broken_model() -> None:
+    x = torch.randn(TOKENS, WIDTH)
     options = {"include": ["up.*", "down.*"], "strict": True, **EVERY}
-    with pytest.warns(UserWarning, match="matches no parameter of this graph"):
-        torch.compile(Broken(), backend="switchback", options=options)(torch.randn(TOKENS, WIDTH))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.compile(Broken(), backend="switchback", options=options)(x)
+    assert not [w for w in seen if "matches no parameter" in str(w.message)]  # the module of both graphs has both
     assert [r.num_rewritten(Role.OUTPUT) for r in swcompile.reports()] == [1, 1]
+
+    up, down = {"up": nn.Linear(WIDTH, WIDTH)}, {"down": nn.Linear(WIDTH, WIDTH)}
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        hidden = up["up"](x)
+        torch._dynamo.graph_break()
+        return down["down"](hidden)
+
+    with pytest.warns(UserWarning, match="matches no parameter of this graph"):
+        torch.compile(call, backend="switchback", options=options)(x)
+    assert [r.num_rewritten(Role.OUTPUT) for r in swcompile.reports()] == [1, 1, 1, 1]
 
 
 def test_deepcopy_saving_and_loading() -> None:

@@ -1,5 +1,6 @@
 """Unusual input gives right numbers or a clear error, and nothing finite where full precision is not."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -60,6 +61,28 @@ def test_zero_tokens(recipe: str) -> None:
     assert out.shape == (0, OUT) and grad_x.shape == (0, IN)
     assert torch.equal(grad_weight, torch.zeros(OUT, IN)) and torch.equal(grad_bias, torch.zeros(OUT))
     assert swcompile.reports()[-1].num_rewritten(Role.OUTPUT) == 1
+
+
+@RECIPES
+def test_zero_tokens_with_the_cost_rule(recipe: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(IN, OUT), nn.ReLU(), nn.Linear(OUT, IN))
+    x = torch.empty(0, IN)
+    out = torch.compile(model, backend="switchback", fullgraph=True, options={"recipe": recipe})(x)
+    out.sum().backward()
+    assert out.shape == (0, IN)
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"include": "*"}, ALL], ids=["default", "the last layer", "all"])
+def test_no_features_at_all(options: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch says that there is nothing to initialise
+        model = nn.Linear(0, OUT)
+    out = torch.compile(model, backend="switchback", fullgraph=True, options=options)(torch.empty(TOKENS, 0))
+    assert torch.equal(out, model.bias.expand(TOKENS, OUT))
+    out.sum().backward()
+    assert model.bias.grad is not None and model.bias.grad.eq(TOKENS).all()
 
 
 def test_zero_tokens_and_then_some() -> None:

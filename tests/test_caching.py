@@ -34,13 +34,46 @@ print(json.dumps({
 """
 
 
-def run(cache: Path, options: dict[str, Any], path: Path | None = None) -> dict[str, Any]:
+DYNAMIC = """
+import json, sys, torch, swcompile
+from pathlib import Path
+from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from swcompile import cost
+
+arguments = json.loads(sys.argv[1])
+# int8 takes 1 ms more to launch and is 1000 times as fast: it pays for many tokens.
+rates = dict(matmul=1e9, int8_matmul=1e12, quantize=1e12, kernel=1e-3, matmul_call=0.0, quantize_call=0.0)
+file = Path(cache_dir()) / "swcompile" / "device_rates.json"
+file.parent.mkdir(parents=True, exist_ok=True)
+file.write_text(json.dumps({cost._device_key(torch.device("cpu"), torch.float32): rates}))
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+x = torch.randn(arguments["tokens"], 64)
+with torch.no_grad():
+    out = torch.compile(model, backend="switchback", dynamic=True)(x)
+    expected = model(x)
+report = swcompile.reports()[-1]
+print(json.dumps({
+    "hits": counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"],
+    "is_recorded": report.is_recorded,
+    "decisions": [[d.rewritten, d.reason, d.speedup] for d in report.decisions],
+    "shape": report.decisions[0].shape,
+    "difference": ((out - expected).norm() / expected.norm()).item(),
+}))
+"""
+
+
+def run(
+    cache: Path, options: dict[str, Any], path: Path | None = None, program: str = PROGRAM
+) -> dict[str, Any]:
     """Compile and train a step in a process of its own."""
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
     if path:
         environment["PYTHONPATH"] = str(path)
-    command = [sys.executable, "-c", PROGRAM, json.dumps({"skip_slower": False} | options)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=cache)
+    command = [sys.executable, "-c", program, json.dumps({"skip_slower": False} | options)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=cache.parent)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -85,3 +118,17 @@ def test_an_edited_pass_misses(cold: tuple[Path, dict[str, Any]], tmp_path: Path
     edited = run(cache, {}, tmp_path)
     assert (edited["hits"], edited["misses"]) == (0, 1)
     assert edited["grads"] == first["grads"]
+
+
+def test_the_cost_rule_decides_by_the_number_of_tokens_that_the_cache_key_holds(tmp_path: Path) -> None:
+    def step(tokens: int) -> dict[str, Any]:
+        return run(tmp_path / "cache", {"tokens": tokens}, program=DYNAMIC)
+
+    few, many = step(8), step(4096)
+    assert few["is_recorded"] and many["is_recorded"] and (few["hits"], many["hits"]) == (0, 0)
+    assert few["difference"] == 0 and not few["decisions"][0][0]
+    assert 0 < many["difference"] < 0.05 and many["decisions"][0][0]
+    for tokens, first in ((8, few), (4000, many)):  # the same bucket: the same graph, and a report that fits it
+        again = step(tokens)
+        assert again["hits"] > 0 and not again["is_recorded"] and again["shape"][0] == tokens
+        assert again["decisions"] == first["decisions"] and (again["difference"] > 0) == (first["difference"] > 0)

@@ -1,5 +1,7 @@
 """dequantize: the product in float32, cast once."""
 
+import re
+
 import pytest
 import torch
 
@@ -86,6 +88,15 @@ def test_user_errors():
         dequantize(x_q, scale, torch.float64)
     with pytest.raises(ValueError, match="2 and 1 dimensions"):
         dequantize(x_q, scale.flatten(), torch.float32)
+
+
+@pytest.mark.parametrize("function", [dequantize, dequantize_reference, dequantize_triton])
+@pytest.mark.parametrize("shape", [(4, 1), (1, 4), (8, 16), (16, 1), (1, 8), (0, 1)])
+def test_a_scale_of_another_shape_is_an_error(function, shape):
+    x_q, scale = torch.ones(8, 16, dtype=torch.int8, device=DEVICE), torch.ones(shape, device=DEVICE)
+    message = re.escape(f"scale is {shape}, but must be one of (8, 1), (1, 16), (1, 1)")
+    with pytest.raises(ValueError, match=message):
+        function(x_q, scale, torch.float32)
 
 
 @pytest.mark.parametrize("scale_shape", [(5, 1), (1, 24), (1, 1)])

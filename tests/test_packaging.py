@@ -1,14 +1,18 @@
 """What is installed is whole: wheel, sdist and editable install contain the kernels, under one name only."""
 
 import ast
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(
@@ -94,3 +98,12 @@ def test_kernels_are_imported_under_one_name() -> None:
     program = "import sys, swcompile; print('swcompile.kernels.scaled_mm' in sys.modules, 'kernels' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == ["True", "False"]
+
+
+def test_the_makefile_installs_a_torch_that_the_package_allows() -> None:
+    pins = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (allowed,) = (Requirement(pin).specifier for pin in pins if Requirement(pin).name == "torch")
+    installed = dict(re.findall(r"^(\w+)_TORCH \?= torch(\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert SpecifierSet(installed["GPU"]) == allowed
+    assert installed["CPU"].removeprefix("==") in allowed
+    assert "2.13.1" in allowed and "2.14.0" not in allowed and "2.10.0" not in allowed

@@ -4,6 +4,7 @@ import contextlib
 import operator
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,62 @@ class Hook(CustomGraphPass):
         return self.identity
 
 
+def adds_nothing(graph: fx.Graph, factor: Any = 1) -> PassResult:
+    """A pass of the user's own."""
+    return PassResult()
+
+
+def made(value: int) -> Callable[[fx.Graph], PassResult]:
+    """A pass whose closure decides what it does."""
+
+    def rewrite(graph: fx.Graph) -> PassResult:
+        return PassResult(rewrites=value)
+
+    return rewrite
+
+
+class Counter:
+    """A pass that is an object, without a uuid."""
+
+    def __call__(self, graph: fx.Graph) -> PassResult:
+        return PassResult(decisions=[decision("mm", "counted")])
+
+
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        made(1),
+        behind(legal),
+        lambda graph: PassResult(),
+        Counter(),
+        Counter().__call__,
+        Hook(None),
+        partial(adds_nothing, factor=made(1)),
+        partial(adds_nothing, factor=[Counter()]),
+        partial(adds_nothing, factor=torch.ones(2)),
+        partial(made(1)),
+    ],
+)
+def test_a_pass_that_nobody_can_tell_from_another_is_never_cached(rewrite: Any) -> None:
+    assert JointPass([rewrite], names={}).uuid() is None
+
+
+def test_a_default_is_part_of_a_pass() -> None:
+    def with_default(value: int) -> Callable[[fx.Graph], PassResult]:
+        def rewrite(graph: fx.Graph, value: int = value) -> PassResult:
+            return PassResult(rewrites=value)
+
+        return rewrite
+
+    keys = {JointPass([with_default(value)], names={}).uuid() for value in (1, 2, 1)}
+    assert len(keys) == 2 and None not in keys
+
+
+def test_an_object_runs_as_a_pass() -> None:
+    for rewrite in (Counter(), partial(Counter())):
+        assert [d.reason for d in run_passes(linear_graph(), [rewrite])] == ["counted"]
+
+
 def test_uuid_tells_what_decides_apart() -> None:
     def uuid(hooked: Any = None, more: Any = (), is_whole: bool = True, **changes: Any) -> str | None:
         given = {key: changes.pop(key) for key in ("names", "identity", "before") if key in changes}
@@ -239,7 +296,13 @@ def test_uuid_tells_what_decides_apart() -> None:
         {"before": Hook("other")},
         {"before": [Hook(), Hook("other")]},
         {"more": [swcompile.save_int8_activations]},
-        {"more": [behind(legal)]},
+        {"more": [adds_nothing]},
+        {"more": [partial(adds_nothing, factor=2)]},
+        {"more": [partial(adds_nothing, factor=legal)]},
+        {"more": [partial(adds_nothing, factor=without_value)]},
+        {"more": [partial(adds_nothing, factor={"a": [1, 2], "b": {Role.OUTPUT}})]},
+        {"more": [Hook("pass")]},
+        {"more": [Hook("another pass")]},
         {"is_whole": False},
         {"identity": "rates"},
     ]

@@ -76,11 +76,54 @@ def test_a_recipe_of_ones_own_keeps_what_no_option_changes() -> None:
         ({"skip_slower": None}, "option 'skip_slower' is None; it takes True or False"),
         ({"include": ["a", 1]}, "option 'include' is ['a', 1]; it takes a glob or a list of globs"),
         ({"exclude": [None]}, "option 'exclude' is [None]; it takes a glob or a list of globs"),
+        ({"exclude": {"a": 1}}, "option 'exclude' is {'a': 1}; it takes a glob or a list of globs"),
+        ({"include": 5}, "option 'include' is 5; it takes a glob or a list of globs"),
+        ({"recipe": ["switchback"]}, "unknown recipe ['switchback']; did you mean 'switchback'? Known: "),
+        ({1: 2}, "unknown option 1; did you mean "),
+        *(
+            ({option: True}, f"call swcompile.prepare(model, *inputs, {option}=True) first")
+            for option in ("layer_scale", "qk_layernorm")
+        ),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         make_recipe(options)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"weight": Scaling.TENSOR, "other": Scaling.TENSOR}, "other is Scaling.TENSOR, but must be Scaling.VECTOR"),
+        ({"weight": Scaling.VECTOR, "other": Scaling.TENSOR}, "other is Scaling.TENSOR, but must be Scaling.VECTOR"),
+        ({"weight": "tensor"}, "weight is 'tensor', but must be Scaling.VECTOR or Scaling.TENSOR"),
+        ({"weight": Scaling.VECTOR, "other": None}, "other is None, but must be Scaling.VECTOR or Scaling.TENSOR"),
+    ],
+)
+def test_formats_that_cannot_run(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"GemmFormat: {message}")):
+        GemmFormat(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"exclude": "nothing.*"}, "exclude is 'nothing.*', but must be a tuple of globs, such as ('nothing.*',)"),
+        ({"include": "*"}, "include is '*', but must be a tuple of globs, such as ('*',)"),
+        ({"include": ["*"]}, "include is ['*'], but must be a tuple of globs"),
+        ({"exclude": (1,)}, "exclude is (1,), but must be a tuple of globs"),
+        ({"exclude": None}, "exclude is None, but must be a tuple of globs"),
+        ({"name": None}, "name is None, but must be a string"),
+        ({"output": Scaling.TENSOR}, "output is <Scaling.TENSOR: 'tensor'>, but must be a GemmFormat or None"),
+        ({"strict": "yes"}, "strict is 'yes', but must be True or False"),
+        ({"save_int8_activations": 1}, "save_int8_activations is 1, but must be True or False"),
+    ],
+)
+def test_recipes_that_cannot_run(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"Recipe: {message}")):
+        Recipe(**({"name": "mine"} | values))
+    with pytest.raises(ValueError, match=re.escape(f"Recipe: {message}")):
+        dataclasses.replace(make_recipe({}), **values)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from swcompile.kernels.scaled_mm_kernels import (
     POINTER_CANDIDATES,
     TMA_CANDIDATES,
     MatmulConfig,
-    fits_copy_engine,
+    fits_tma,
     has_wgmma,
     launch,
 )
@@ -29,7 +29,7 @@ DEVICE = (
     "cuda" if torch.cuda.is_available() else "cpu"
 )  # the kernels run in Triton's interpreter on the latter
 IMPLEMENTATIONS = [scaled_mm_reference, scaled_mm_triton]
-# the copy engine's kernel wants K and a row of the output to be multiples of 16 bytes: 1 to 3 are not, the rest are
+# the TMA kernel wants K and a row of the output to be multiples of 16 bytes: 1 to 3 are not, the rest are
 SHAPES = [(1, 1, 1), (3, 5, 7), (130, 70, 100), (17, 16, 16), (70, 144, 160), (150, 272, 48)]
 
 
@@ -55,8 +55,8 @@ def expected_of_kernel(*arguments: object) -> torch.Tensor:
 
 
 def skip_unless_it_runs_here(config: MatmulConfig, *tensors: torch.Tensor) -> None:
-    if config.kernel != "pointers" and not fits_copy_engine(*tensors):
-        pytest.skip("this GPU has no copy engine for tensors")
+    if config.kernel != "pointers" and not fits_tma(*tensors):
+        pytest.skip("this GPU has no TMA")
     if config.kernel == "wgmma" and not has_wgmma(tensors[0].device):
         pytest.skip("needs a Hopper GPU; Triton's interpreter does not know Gluon")
 
@@ -253,7 +253,7 @@ def test_large(config, per_column, bias_dtype, out_dtype):
         bias = None if bias_dtype is None else torch.randn(shape[1], device=DEVICE).to(bias_dtype)
         expected = scaled_mm_reference(*operands, bias, out_dtype)
         out = torch.full_like(expected, torch.nan)
-        if config.kernel == "pointers" or fits_copy_engine(*operands[:2], out):
+        if config.kernel == "pointers" or fits_tma(*operands[:2], out):
             skip_unless_it_runs_here(config, *operands[:2], out)
             launch(config, *operands, bias, out)
             assert torch.equal(out, expected)

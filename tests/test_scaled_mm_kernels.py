@@ -14,7 +14,7 @@ from swcompile.kernels.scaled_mm_kernels import (
     POINTER_CANDIDATES,
     TMA_CANDIDATES,
     candidates,
-    fits_copy_engine,
+    fits_tma,
     has_wgmma,
 )
 
@@ -23,18 +23,18 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 
 def test_candidates():
     assert all(0 < len(configs) <= 8 for configs in (HOPPER_CANDIDATES, TMA_CANDIDATES, POINTER_CANDIDATES))
-    assert {config.kernel for config in candidates(DEVICE, copies_fit=False)} == {"pointers"}
-    assert ("wgmma" in {config.kernel for config in candidates(DEVICE, copies_fit=True)}) == has_wgmma(DEVICE)
+    assert {config.kernel for config in candidates(DEVICE, tma_fits=False)} == {"pointers"}
+    assert ("wgmma" in {config.kernel for config in candidates(DEVICE, tma_fits=True)}) == has_wgmma(DEVICE)
 
 
-def test_the_copy_engine_wants_multiples_of_16_bytes():
-    has_engine = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
-    for num_summed, num_columns, fits in ((8, 8, False), (16, 4, False), (16, 8, has_engine)):
+def test_tma_wants_multiples_of_16_bytes():
+    has_tma = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
+    for num_summed, num_columns, fits in ((8, 8, False), (16, 4, False), (16, 8, has_tma)):
         a_q = torch.zeros(4, num_summed, dtype=torch.int8, device=DEVICE)
         out = torch.empty(4, num_columns, dtype=torch.bfloat16, device=DEVICE)
-        assert fits_copy_engine(a_q, a_q, out) == fits
+        assert fits_tma(a_q, a_q, out) == fits
     unaligned = torch.zeros(4 * 16 + 1, dtype=torch.int8, device=DEVICE)[1:].view(4, 16)
-    assert not fits_copy_engine(unaligned, unaligned, out)
+    assert not fits_tma(unaligned, unaligned, out)
 
 
 # A process of its own: the interpreter, where it is on, replaces parts of Triton's language.
@@ -48,9 +48,9 @@ from swcompile.kernels.scaled_mm_wgmma import _layout, wgmma_kernel
 
 config = HOPPER_CANDIDATES[0]
 blocks = {
-    "a_desc": ("i8", 1, config.rows, config.summed),
-    "b_desc": ("i8", 1, config.columns, config.summed),
-    "out_desc": ("bf16", 2, config.rows // 2, config.columns // config.num_stores),
+    "a_desc": ("i8", 1, config.block_m, config.block_k),
+    "b_desc": ("i8", 1, config.block_n, config.block_k),
+    "out_desc": ("bf16", 2, config.block_m // 2, config.block_n // config.num_stores),
 }
 signature = {
     name: f"tensordesc<{dtype}[{rows}, {columns}],{_layout(rows, columns, size)!r}>"
@@ -59,7 +59,7 @@ signature = {
 signature |= dict(scale_a_ptr="*fp32", scale_b_ptr="*fp32", bias_ptr="*bf16")
 signature |= dict(num_rows="i32", num_columns="i32", num_summed="i32")
 constants = dict(
-    ROWS=config.rows, COLUMNS=config.columns, SUMMED=config.summed, STAGES=config.num_stages, GROUP=config.group_rows,
+    BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, STAGES=config.num_stages, GROUP=config.group_m,
     NUM_STORES=config.num_stores, LEAD=config.lead, HAS_BIAS=True, PER_COLUMN=True,
 )
 names = wgmma_kernel.arg_names

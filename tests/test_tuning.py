@@ -1,5 +1,7 @@
 """Choice of configurations, with a fake device and a fake clock."""
 
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -8,6 +10,7 @@ import torch
 from torch._inductor.runtime import cache_dir_utils
 
 from swcompile.kernels import launch, tuning
+from swcompile.kernels.measurements import MeasurementFile
 from swcompile.kernels.tuning import Tuner, bucket, num_tunings
 
 GPU = torch.device("cuda", 0)
@@ -125,10 +128,43 @@ def test_damaged_file(tmp_path, content):
     assert num_tunings() == before + 1
 
 
-def test_unwritable_directory(monkeypatch, tmp_path):
+def test_unwritable_directory_warns_once(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setattr(cache_dir_utils, "cache_dir", lambda: str(tmp_path / "file"))
-    assert choose(new_tuner(), Clock(TIMES)) == Config(128)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert choose(new_tuner(), Clock(TIMES)) == Config(128)
+    assert len(seen) == 1 and "cannot be written, so every process measures again" in str(seen[0].message)
+
+
+def test_of_two_processes_the_first_to_write_wins(tmp_path):
+    file = MeasurementFile(tmp_path / "folder" / "file.json")
+    assert file.add("a", 1) == 1 and file.add("a", 2) == 1
+    assert file.add("b", 3) == 3 and file.read() == {"a": 1, "b": 3}
+    assert file.add("a", 4, instead_of=1) == 4 and file.add("a", 5, instead_of=1) == 4
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path):
+    file = MeasurementFile(tmp_path / "file.json")
+
+    def add(index):
+        file.add(str(index), index)
+        return file.add("same", index)
+
+    with ThreadPoolExecutor(8) as pool:
+        winners = set(pool.map(add, range(40)))
+    assert file.read() == {str(index): index for index in range(40)} | {"same": winners.pop()} and not winners
+
+
+def test_a_write_that_fails_leaves_no_temporary_file(tmp_path):
+    file = MeasurementFile(tmp_path / "file.json")
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        file.add("a", object())
+    file.path.mkdir()
+    with pytest.warns(UserWarning, match="cannot be written"):
+        assert file.add("a", 1) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.json", "file.json.lock"]
 
 
 def test_a_config_that_is_no_candidate_any_more():

@@ -1,0 +1,140 @@
+"""The cost rule's rates: measured once for each model of device, on that device, and kept in a file that may break."""
+
+import contextlib
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import swcompile
+from swcompile import cost
+from swcompile.cost import DeviceRates, device_rates, rates_fingerprint
+from swcompile.kernels import measurements
+
+CPU = torch.device("cpu")
+RATES = DeviceRates(matmul=1e12, int8_matmul=2e12, quantize=1e12, kernel=1e-6, matmul_call=1e-6, quantize_call=2e-6)
+
+
+@pytest.fixture(autouse=True)
+def file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where the rates are kept; nothing is known yet."""
+    monkeypatch.setattr(cost, "cache_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(cost, "_known", {})
+    return tmp_path / "swcompile" / "device_rates.json"
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """The devices that are measured, each 1 FLOP/s faster than the one before. All GPUs are of one model."""
+    devices: list[torch.device] = []
+
+    def measure(device: torch.device, dtype: torch.dtype) -> DeviceRates:
+        devices.append(device)
+        return dataclasses.replace(RATES, matmul=len(devices))
+
+    monkeypatch.setattr(cost, "_measure", measure)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake GPU")
+    return devices
+
+
+def in_a_new_process() -> DeviceRates:
+    cost._known.clear()
+    return device_rates(CPU, torch.float32)
+
+
+def test_measured_once_and_then_read(file: Path, measured: list[torch.device]) -> None:
+    assert device_rates(CPU, torch.float32) == in_a_new_process() == dataclasses.replace(RATES, matmul=1)
+    assert device_rates(CPU, torch.bfloat16).matmul == 2
+    assert measured == [CPU, CPU] and len(json.loads(file.read_text())) == 2
+
+
+def test_a_gpu_is_measured_itself_and_others_of_its_model_get_its_rates(measured: list[torch.device]) -> None:
+    gpus = [torch.device("cuda", index) for index in (3, 1)]
+    fingerprints = {rates_fingerprint(some, [torch.bfloat16]) for some in (gpus[:1], gpus[1:], gpus)}
+    assert measured == gpus[:1] and len(fingerprints) == 1
+    assert rates_fingerprint([torch.device("meta")], [torch.float32]) == "[]"
+
+
+def test_the_gpu_that_is_measured_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [0]
+
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device.index)
+        yield
+        current.pop()
+
+    def measure(device: torch.device, dtype: torch.dtype) -> DeviceRates:
+        assert current[-1] == device.index
+        return RATES
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(cost, "_measure_current", measure)
+    assert cost._measure(torch.device("cuda", 2), torch.float32) is RATES and current == [0]
+
+
+def test_of_two_ranks_that_measure_at_once_both_take_the_first_ones_rates(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(device: torch.device, dtype: torch.dtype) -> DeviceRates:
+        other = {cost._device_key(CPU, torch.float32): dataclasses.asdict(RATES)}
+        file.parent.mkdir()
+        file.write_text(json.dumps(other))  # the other rank is done while this one measures
+        return dataclasses.replace(RATES, matmul=7.0)
+
+    monkeypatch.setattr(cost, "_measure", measure)
+    assert device_rates(CPU, torch.float32) == in_a_new_process() == RATES
+
+
+VALUES = dataclasses.asdict(RATES)
+BROKEN: list[Any] = [
+    None, 5, [], {}, {"matmul": 1.0}, VALUES | {"more": 1.0}, VALUES | {"matmul": "fast"}, VALUES | {"matmul": 0.0},
+    VALUES | {"kernel": float("nan")},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", BROKEN, ids=str)
+def test_an_entry_that_is_no_set_of_rates_is_measured_again(
+    file: Path, measured: list[torch.device], entry: Any
+) -> None:
+    file.parent.mkdir()
+    file.write_text(json.dumps({cost._device_key(CPU, torch.float32): entry, "other": 1}))
+    assert device_rates(CPU, torch.float32) == in_a_new_process() == dataclasses.replace(RATES, matmul=1)
+    assert len(measured) == 1 and json.loads(file.read_text())["other"] == 1
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "5", "\x00\xff"])
+def test_a_damaged_file_is_repaired(file: Path, measured: list[torch.device], content: str) -> None:
+    file.parent.mkdir()
+    file.write_text(content)
+    assert device_rates(CPU, torch.float32) == in_a_new_process()
+    assert len(measured) == 1
+
+
+def test_a_folder_that_cannot_be_used_fails_no_compilation(
+    file: Path, measured: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.parent.write_text("not a folder")
+    monkeypatch.setattr(measurements, "_warned", set())
+    x = torch.randn(8, 32)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            report = swcompile.explain(nn.Linear(32, 8), x, include="*")
+            cost._known.clear()
+    assert report.decisions[0].speedup is not None and len(measured) == 2
+    assert len([w for w in seen if "device_rates.json cannot be written" in str(w.message)]) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_second_gpu_is_measured_where_the_first_is_current() -> None:
+    rates = cost._measure(torch.device("cuda", 1), torch.bfloat16)
+    assert rates.kernel < 1e-3 and rates.int8_matmul > rates.matmul > 1e13
+    assert torch.cuda.current_device() == 0
