@@ -1,7 +1,7 @@
 """Trains a CLIP of `clip_model.py` on the glyphs of `glyphs.py`, compiled by one backend or another."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,8 @@ class Settings:
     eval_glyphs: int | None = None
     """Number of test glyphs to classify; None for all."""
     output: Path = Path("runs/train_clip")
+    stabilizers: Mapping[str, Any] = field(default_factory=dict)
+    """What `swcompile.prepare` inserts in the model of every run: ``layer_scale``, ``qk_layernorm``."""
     weight_decay: float = 0.2
     betas: tuple[float, float] = (0.9, 0.98)
 
@@ -115,6 +117,9 @@ def train(run: Run, corpus: GlyphCorpus, settings: Settings) -> RunResult:
     token_ids = tokenizer.encode_all(corpus.names).to(device)
     images = corpus.train.images.to(device)
     model = GlyphClip(size, tokenizer, token_ids.shape[1]).to(device)
+    if settings.stabilizers:
+        swcompile.prepare(model, images[:2], token_ids[:2], **settings.stabilizers)
+        print(f"{run.name}: {swcompile.prepared(model).summary()}")
     optimizer = build_optimizer(model, settings)
     batches = unique_name_batches(labels, size.batch_size, seed=settings.seed)
     compiled_model = run.compile(model)

@@ -43,6 +43,12 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     model.add_argument("--steps", type=int, metavar="N", help="training steps of each run")
     model.add_argument("--batch-size", type=int, metavar="N", help="image-text pairs in a step")
     model.add_argument("--lr", type=float, metavar="RATE", help="highest learning rate")
+    model.add_argument(
+        "--layer-scale", action="store_true", help="zero-init layer-scale on every residual branch, in all runs"
+    )
+    model.add_argument(
+        "--qk-layernorm", action="store_true", help="layer norm on attention's queries and keys, in all runs"
+    )
     run = parser.add_argument_group("runs")
     run.add_argument(
         "--recipe",
@@ -77,6 +83,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
             "learning_rate": args.lr,
         }
         given = {name: value for name, value in overrides.items() if value is not None}
+        stabilizers = {"layer_scale": args.layer_scale, "qk_layernorm": args.qk_layernorm}
         return Settings(
             size=replace(SIZES[args.size or ("base" if on_gpu else "tiny")], **given),
             recipes=tuple(filter(None, args.recipe.split(","))),
@@ -85,6 +92,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
             seed=args.seed,
             eval_glyphs=args.eval_glyphs,
             output=args.output,
+            stabilizers={name: True for name, wanted in stabilizers.items() if wanted},
         )
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))

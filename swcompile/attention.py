@@ -223,6 +223,8 @@ def _head_split(
         for index, numbers in enumerate(columns)
         if isinstance(numbers, torch.Tensor) and torch.equal(_reduced(numbers).unique(), heads.unique())
     ]
+    if _leaks(path[value], reader, onward, flow):
+        return "shares what follows with other values"
     others = [
         (user, columns[index])
         for index, node in enumerate(path[: value + 1])
@@ -242,6 +244,16 @@ def _head_split(
         and (reader not in users or tree_leaves(list(args_of(reader))).count(node) == 1),
         position=position if reader.target == SDPA else None,
     )
+
+
+def _leaks(value: fx.Node, reader: fx.Node, onward: set[fx.Node], flow: networkx.DiGraph) -> bool:
+    """Whether something besides the scores is computed from what is made of `value` on the way to them."""
+    made = networkx.descendants(flow.subgraph(onward - {reader} | {value}), value)
+    for node in made:
+        users = readers_of_value(node)
+        if not set(users) <= onward or (reader in users and tree_leaves(list(args_of(reader))).count(node) > 1):
+            return True
+    return False
 
 
 def _columns(projection: fx.Node, weights: Weights) -> torch.Tensor:

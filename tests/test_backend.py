@@ -285,8 +285,7 @@ def test_a_block_compiled_alone_has_no_head() -> None:
     assert report.num_rewritten(Role.OUTPUT) == 2
 
 
-@pytest.mark.parametrize("dynamic", [None, True, "mark"])
-@pytest.mark.parametrize("skip_slower", [False, True])
+@pytest.mark.parametrize(("dynamic", "skip_slower"), [(None, False), (True, False), ("mark", True)])
 def test_seven_batch_sizes_compile_at_most_twice(
     dynamic: Any, skip_slower: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ import swcompile
 from swcompile import LayerScale, QKNorm, Role, Stabilizer
 from swcompile.graph import matmuls
 
-WIDTH, HEADS, LAYERS = model_zoo.WIDTH, 4, 2
+WIDTH, HEADS, LAYERS = model_zoo.WIDTH, 4, 1
 Inputs = dict[str, Any]
 
 
@@ -311,7 +311,7 @@ def test_copies_and_checkpoints(name: str) -> None:
 
 
 def test_patterns_and_strict() -> None:
-    model, inputs = make("llama")
+    model, inputs = model_zoo.CASES["llama"](2).model, tokens
     prepare(model, inputs(), layer_scale={"include": "*.mlp*", "exclude": ["*.layers.1.*"]})
     assert [key for key in model.state_dict() if "layer_scale" in key] == ["model.layers.0.mlp_layer_scale.gamma"]
     reasons = {d.parameter: d.reason for d in swcompile.prepared(model).decisions}
@@ -326,7 +326,7 @@ def test_patterns_and_strict() -> None:
 
 
 def test_report_is_a_table() -> None:
-    model, inputs = make("vit")
+    model, inputs = model_zoo.CASES["vit"](2).model, images
     text = str(swcompile.prepared(prepare(model, inputs(), layer_scale=True, qk_layernorm=True)))
     assert text.splitlines()[0] == "prepare: layer_scale in 4 of 4, qk_layernorm in 2 of 2"
     assert "vit.layers.{0-1}.mlp.fc2" in text and "mlp_layer_scale, starts at 0" in text

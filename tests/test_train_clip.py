@@ -17,6 +17,8 @@ from clip_training import Settings, build_optimizer, learning_rate, plan_runs
 from glyphs import GlyphCorpus, Glyphs, NameTokenizer, render_corpus
 from PIL import Image
 
+import swcompile
+
 SMALLEST = ClipSize(
     vision=Tower(width=32, num_layers=1, num_heads=2),
     text=Tower(width=32, num_layers=1, num_heads=2),
@@ -78,6 +80,15 @@ def test_three_steps_leave_results_table_and_plot(
     with Image.open(tmp_path / "run" / "losses.png") as plot:
         assert plot.width >= 600
         assert len(plot.convert("RGB").getcolors(maxcolors=2**24) or ()) > 10
+
+
+def test_the_options_that_stabilise() -> None:
+    settings = train_clip.parse_settings(["--layer-scale", "--qk-layernorm"])
+    assert settings.stabilizers == {"layer_scale": True, "qk_layernorm": True}
+    model, tokenizer = _model()
+    images = torch.zeros(2, 16, 16, dtype=torch.uint8)
+    swcompile.prepare(model, images, tokenizer.encode_all(["A", "B"]), **settings.stabilizers)
+    assert swcompile.prepared(model).summary() == "prepare: layer_scale in 4 of 4, qk_layernorm in 2 of 2"
 
 
 def test_the_loss_falls_on_a_batch_that_repeats() -> None:

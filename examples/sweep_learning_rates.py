@@ -1,0 +1,104 @@
+"""Train a CLIP on glyphs at several learning rates, plain and stabilised, and show which runs survive.
+
+    python examples/sweep_learning_rates.py --size small --steps 1000 --lr 1e-3,3e-3,1e-2,3e-2
+
+Every run starts from the same seed and sees the same batches, in int8 (`--recipe`) or in ordinary precision
+(`--recipe none`). The table has one line a learning rate and one column for each of: the plain model, qk-layernorm,
+layer-scale, and both. A run that is no better than guessing at its end, or has left the numbers, has diverged.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from clip_model import SIZES
+from clip_training import Run, Settings, train
+from glyphs import GlyphCorpus, render_corpus
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from run_results import RunResult, save_results
+
+VARIANTS = {
+    "plain": {},
+    "qk-layernorm": {"qk_layernorm": True},
+    "layer-scale": {"layer_scale": True},
+    "both": {"qk_layernorm": True, "layer_scale": True},
+}
+
+
+def sweep(corpus: GlyphCorpus, settings: Settings, rates: Sequence[float], recipe: str) -> list[RunResult]:
+    """One run for each learning rate and variant, named after both."""
+    results = []
+    for rate in rates:
+        for name, stabilizers in VARIANTS.items():
+            changed = replace(settings, size=replace(settings.size, learning_rate=rate), stabilizers=stabilizers)
+            backend = "inductor" if recipe == "none" else "switchback"
+            options = None if recipe == "none" else {"recipe": recipe, "skip_slower": settings.skip_slower}
+            run = Run(name=f"{rate:g}, {name}", backend=backend, options=options)
+            results.append(train(run, corpus, changed))
+    return results
+
+
+def table(results: Sequence[RunResult], rates: Sequence[float], batch_size: int) -> Table:
+    """Final loss and top-1 accuracy by learning rate and variant."""
+    shown = Table(title="Final loss, and top-1 accuracy", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("learning rate", *VARIANTS):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    by_name = {result.name: result for result in results}
+    for rate in rates:
+        cells = [_cell(by_name[f"{rate:g}, {name}"], batch_size) for name in VARIANTS]
+        shown.add_row(f"{rate:g}", *cells)
+    return shown
+
+
+def _cell(result: RunResult, batch_size: int) -> str:
+    if not math.isfinite(result.final_loss):
+        return "diverged"
+    guessing = math.log(batch_size)
+    mark = " diverged" if result.final_loss > 0.95 * guessing else ""
+    return f"{result.final_loss:.3f} ({result.top1:.1%}){mark}"
+
+
+def main() -> None:
+    """Render the glyphs, train on them as the command line says, and print the table."""
+    description, _, details = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps of each run")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="image-text pairs in a step")
+    parser.add_argument("--lr", default="1e-3,3e-3,1e-2,3e-2", metavar="RATE[,RATE...]", help="default: %(default)s")
+    parser.add_argument("--recipe", default="switchback", metavar="NAME", help="or none; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--eval-glyphs", type=int, metavar="N", help="test glyphs to classify; default: all")
+    parser.add_argument("--output", type=Path, default=Path("runs/learning_rates"), help="folder; default: %(default)s")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    given = {"num_steps": args.steps, "batch_size": args.batch_size}
+    try:
+        rates = [float(rate) for rate in args.lr.split(",")]
+        settings = Settings(
+            size=replace(SIZES[args.size], **{name: value for name, value in given.items() if value is not None}),
+            recipes=() if args.recipe == "none" else (args.recipe,),
+            skip_slower=device.type == "cuda",
+            device=device,
+            seed=args.seed,
+            eval_glyphs=args.eval_glyphs,
+            output=args.output,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    settings.output.mkdir(parents=True, exist_ok=True)
+    corpus = render_corpus(settings.size.image_size)
+    results = sweep(corpus, settings, rates, args.recipe)
+    save_results(results, settings.output / "results.json", settings=asdict(settings), chance=corpus.chance)
+    Console().print(table(results, rates, settings.size.batch_size))
+
+
+if __name__ == "__main__":
+    main()
