@@ -89,10 +89,9 @@ def test_with_everything_excluded_it_is_inductor_to_the_bit(device: str, options
     assert swcompile.reports()[-1].num_rewritten() == 0
 
 
-@pytest.mark.parametrize("name", ["vit", "einsum"])  # not one with an embedding: its backward adds in any order
-def test_real_models_with_everything_excluded_are_inductor_to_the_bit(name: str) -> None:
+def test_a_real_model_with_everything_excluded_is_inductor_to_the_bit() -> None:
     torch.manual_seed(0)
-    case = model_zoo.CASES[name](1)
+    case = model_zoo.CASES["vit"](1)  # not one with an embedding: its backward adds in any order
     gradients = []
     for options in ({}, {"backend": "switchback", "options": {"exclude": "*"}}):
         case.model.zero_grad()
