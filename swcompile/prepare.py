@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
-import fnmatch
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -21,7 +19,7 @@ from swcompile.joint import raise_violations
 from swcompile.passes.insert_layer_scale import insert_layer_scale
 from swcompile.passes.insert_qk_layernorm import insert_qk_layernorm
 from swcompile.pipeline import Pass, PassResult
-from swcompile.recipe import Stabilizer
+from swcompile.recipe import Stabilizer, unmatched
 from swcompile.report import Decision, Report
 from swcompile.residual import Merge, branch_places, merges_of, residual_branches
 from swcompile.stabilizers import LayerScale, LayerScaleOptions, QKLayernormOptions, QKNorm, read_options
@@ -216,7 +214,7 @@ def _check(model: nn.Module, wanted: Mapping[Stabilizer, Any], decisions: Sequen
         what = "residual branch" if kind is Stabilizer.LAYER_SCALE else "attention"
         if not names:
             raise ValueError(f"no {what} was found in the forward of {type(model).__name__}")
-        for pattern, nearest in unmatched_patterns(options, names).items():
+        for pattern, nearest in unmatched((*(options.include or ()), *options.exclude), names).items():
             message = f"{kind.value}: pattern {pattern!r} matches no {what}; the closest is {nearest!r}"
             if strict:
                 raise ValueError(message)
@@ -226,15 +224,6 @@ def _check(model: nn.Module, wanted: Mapping[Stabilizer, Any], decisions: Sequen
             raise ValueError(f"{kind.value} can be inserted nowhere:\n{reasons}")
     if strict:
         raise_violations(decisions)
-
-
-def unmatched_patterns(options: LayerScaleOptions | QKLayernormOptions, names: Sequence[str]) -> dict[str, str]:
-    """Patterns that match none of these names, each with the closest name."""
-    unmatched = {}
-    for pattern in (*(options.include or ()), *options.exclude):
-        if not fnmatch.filter(names, pattern):
-            unmatched[pattern] = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)[0]
-    return unmatched
 
 
 def _sites(captured: ForwardGraph) -> tuple[list[_Site], dict[str, Merge | str]]:

@@ -106,13 +106,7 @@ class Recipe:
 
     def unmatched_patterns(self, parameters: Iterable[str]) -> dict[str, str]:
         """Patterns of `include` and `exclude` that match none of these names, each with the closest name."""
-        names = list(parameters)
-        unmatched = {}
-        for pattern in (*(self.include or ()), *self.exclude):
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
-                unmatched[pattern] = close[0] if close else ""
-        return unmatched
+        return unmatched((*(self.include or ()), *self.exclude), parameters)
 
 
 def _check(what: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
@@ -202,6 +196,16 @@ _OF_PREPARE = ("layer_scale", "qk_layernorm")
 def closest(word: str, known: Iterable[str]) -> str:
     """The legal word that is nearest to a wrong one."""
     return difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)[0]
+
+
+def unmatched(globs: Iterable[str], names: Iterable[str]) -> dict[str, str]:
+    """The globs that match none of these names, each with the closest name (empty where there is no name)."""
+    known = list(names)
+    found = {}
+    for glob in globs:
+        if not any(fnmatch.fnmatchcase(name, glob) for name in known):
+            found[glob] = closest(glob, known) if known else ""
+    return found
 
 
 def patterns(option: str, value: Any) -> tuple[str, ...]:

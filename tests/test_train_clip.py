@@ -11,11 +11,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import sweep_learning_rates
 import train_clip
 from clip_model import SIZES, ClipSize, GlyphClip, Tower, encode_in_batches, zero_shot_accuracy
-from clip_training import Settings, build_optimizer, learning_rate, plan_runs
+from clip_training import Run, Settings, build_optimizer, learning_rate, plan_runs
 from glyphs import GlyphCorpus, Glyphs, NameTokenizer, render_corpus
 from PIL import Image
+from run_results import RunResult
 
 import swcompile
 
@@ -80,6 +82,28 @@ def test_three_steps_leave_results_table_and_plot(
     with Image.open(tmp_path / "run" / "losses.png") as plot:
         assert plot.width >= 600
         assert len(plot.convert("RGB").getcolors(maxcolors=2**24) or ()) > 10
+
+
+def test_the_sweep_has_a_run_for_each_rate_and_variant(
+    corpus: GlyphCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def train(run: Run, corpus: GlyphCorpus, settings: Settings) -> RunResult:
+        seen.append((run.name, run.backend, settings.size.learning_rate, dict(settings.stabilizers)))
+        diverged = settings.size.learning_rate > 0.1 and not settings.stabilizers
+        loss = float("nan") if diverged else 1.0 + len(seen) / 8
+        numbers = {"top1": 0.25, "top5": 0.5, "times_chance": 50.0, "samples_per_second": 1.0}
+        return RunResult(name=run.name, final_loss=loss, compile_seconds=0, peak_memory_mib=None, losses=[loss], **numbers)
+
+    monkeypatch.setattr(sweep_learning_rates, "train", train)
+    results = sweep_learning_rates.sweep(corpus, Settings(size=SMALLEST), (0.01, 1.0), "switchback")
+    both = {"qk_layernorm": True, "layer_scale": True}
+    assert seen[0] == ("0.01, plain", "switchback", 0.01, {}) and seen[-1] == ("1, both", "switchback", 1.0, both)
+    table = sweep_learning_rates.table(results, (0.01, 1.0), batch_size=8)
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[0] == ["0.01", "1"] and cells[1] == ["1.125 (25.0%)", "diverged"]
+    assert cells[4] == ["1.500 (25.0%)", "2.000 (25.0%) diverged"]  # no better than guessing among 8
 
 
 def test_the_options_that_stabilise() -> None:
