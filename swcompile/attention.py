@@ -275,7 +275,7 @@ def _columns(projection: fx.Node, weights: Weights) -> torch.Tensor:
 def _moved(node: fx.Node, columns: Any) -> Any:
     """What a layout op does to the feature numbers."""
     args = fx.node.map_arg(args_of(node)[1:], lambda source: hint(source.meta["val"]))
-    op: Any = aten.reshape.default if node.target == aten.view.default else node.target
+    op: Any = node.target
     return op(columns, *args, **node.kwargs)
 
 

@@ -97,6 +97,8 @@ def capture_forward(
     for node in list(traced.graph.nodes):
         if node.target == aten._assert_tensor_metadata.default or (node.op == "get_attr" and not node.users):
             traced.graph.erase_node(node)
+        elif node.target == aten.view.default:
+            node.target = aten.reshape.default  # strides when it runs may be others than when it was traced
         elif node.op == "get_attr":
             value = attribute(traced, node.target)
             node.target = node.target.removeprefix("model.")
