@@ -61,12 +61,11 @@ LAYOUTS = (
         aten.transpose.int,
         aten.unflatten.int,
         aten.unsqueeze.default,
-        aten.view.default,
     }
 )
 """Ops that move elements of their first argument and compute nothing."""
 EXPANDS = {aten.expand.default, aten.repeat_interleave.self_int}
-RESHAPES = {aten.view.default, aten.reshape.default, aten.squeeze.dim, aten.unsqueeze.default}
+RESHAPES = {aten.reshape.default, aten.squeeze.dim, aten.unsqueeze.default}
 SHAPE_READERS = {aten.new_empty.default, aten.empty_like.default, aten.rand_like.default, aten.sym_size.int}
 NORMS = {
     aten.layer_norm.default,

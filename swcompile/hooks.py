@@ -32,10 +32,6 @@ class SiteHook:
         return new(output)
 
 
-class ScaleBranch(SiteHook):
-    """Layer-scale on a residual branch."""
-
-
 class NormalizeFeatures(SiteHook):
     """A norm of those features of a projection that are queries, or keys.
 

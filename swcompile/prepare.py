@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from swcompile.attention import HeadSplit, attention_places, attentions
 from swcompile.forward import ForwardGraph, called_in, capture_forward, path_of, producing_call
 from swcompile.graph_forward import GraphForward
-from swcompile.hooks import NormalizeFeatures, ScaleBranch, SiteHook, StayInPython
+from swcompile.hooks import NormalizeFeatures, SiteHook, StayInPython
 from swcompile.joint import raise_violations
 from swcompile.passes.insert_layer_scale import insert_layer_scale
 from swcompile.passes.insert_qk_layernorm import insert_qk_layernorm
@@ -233,7 +233,7 @@ def _sites(captured: ForwardGraph) -> tuple[list[_Site], dict[str, Merge | str]]
     found = []
     for branch, place in zip(branches, branch_places(branches), strict=True):
         hooked = producing_call(captured, reversed(branch.path), branch.add)
-        found.append(_Site(place=place, owner=called_in(branch.add), hooked=hooked, hook=ScaleBranch(place)))
+        found.append(_Site(place=place, owner=called_in(branch.add), hooked=hooked, hook=SiteHook(place)))
     merges = dict(zip((site.place for site in found), merges_of(captured, branches), strict=True))
     for attention, places in zip(attending, attention_places(attending), strict=True):
         for place, split in zip(places, (attention.query, attention.key), strict=True):

@@ -34,8 +34,6 @@ class ResidualBranch:
     """What is added to the value that it was computed from."""
 
     add: fx.Node
-    skip: fx.Node
-    """The operand that goes round the branch."""
     path: tuple[fx.Node, ...]
     """From the operand of `add` back to the branch's end: dropout, drop-path and views between, each of which feeds
     the one before it alone."""
@@ -97,7 +95,6 @@ def residual_branches(graph: fx.Graph, found: Iterable[Attention]) -> list[Resid
                     branches.append(
                         ResidualBranch(
                             add=add,
-                            skip=skip,
                             path=path,
                             weight=weights.root(weights.of(max(linears, key=order.__getitem__))[0]),
                             has_layer_scale=weights.scale(path[-1]),
