@@ -314,6 +314,7 @@ def test_seven_batch_sizes_compile_at_most_twice(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", ["max-autotune-no-cudagraphs", "reduce-overhead"])
+@torch._inductor.config.patch(max_autotune_gemm_backends="ATEN")  # the search through templates takes minutes
 def test_modes(mode: str, device: str) -> None:
     model, x = make(device)
     plain = run(torch.compile(model, backend="switchback", options=EVERY), model, x)
