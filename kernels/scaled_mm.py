@@ -131,9 +131,11 @@ def _accumulate(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
             for product in products:
                 accumulator += product.to(torch.int32)
         return accumulator.float()
-    # cuBLAS wants more than 16 rows, and sizes that are multiples of 8; zeros add nothing to a sum.
-    pad_M, pad_N, pad_K = max(17 - num_rows, 0), -num_columns % 8, max(-num_summed % 8, 8 - num_summed)
-    product = torch._int_mm(F.pad(a_MK, (0, pad_K, 0, pad_M)), F.pad(b_NK, (0, pad_K, 0, pad_N)).t())
+    # cuBLAS wants more than 16 rows, sizes that are multiples of 8 and no transposes; zeros add nothing to a sum.
+    pad_M = max(17 - num_rows, 0)
+    pad_N, pad_K = (max(-size % 8, 8 - size) for size in (num_columns, num_summed))
+    a_padded, b_padded = F.pad(a_MK, (0, pad_K, 0, pad_M)), F.pad(b_NK, (0, pad_K, 0, pad_N))
+    product = torch._int_mm(a_padded.contiguous(), b_padded.contiguous().t())
     return product[:num_rows, :num_columns].float()
 
 

@@ -69,7 +69,7 @@ def clip_inputs(batch: int = 2, length: int = 12) -> Inputs:
 
 def t5_inputs(batch: int = 2, length: int = 12) -> Inputs:
     ids = tokens(batch, length)["input_ids"]
-    return {"input_ids": ids, "decoder_input_ids": ids[:, : length // 2]}
+    return {"input_ids": ids, "decoder_input_ids": ids[:, : length // 2], "use_cache": False}
 
 
 def self_attention(batch: int = 2, length: int = 12) -> Inputs:

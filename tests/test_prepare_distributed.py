@@ -1,0 +1,101 @@
+"""A prepared model in two CPU processes, by DDP and by FSDP2 on each block, trains as in one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_prepare import WIDTH, Written, encoder_layer
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import swcompile
+
+STEPS, BATCH, LENGTH = 4, 4, 6
+
+
+class Block(nn.Module):
+    """PyTorch's layer in a module of the user's: Dynamo compiles no frame of `torch.nn` itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = encoder_layer(norm_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def build() -> nn.Module:
+    """Prepared: a block that gets hooks, and one whose forward is replaced by its graph."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Written(), Block()).eval()  # no dropout
+    return swcompile.prepare(model, torch.randn(2, LENGTH, WIDTH), layer_scale={"init": 0.1}, qk_layernorm=True)
+
+
+def train(rank: int, world: int, wrap: str, is_compiled: bool) -> dict[str, torch.Tensor]:
+    """Train on this rank's share of each batch; the whole parameters."""
+    model: Any = build()
+    if is_compiled:
+        for block in model:
+            block.compile(backend="switchback", options={"skip_slower": False}, fullgraph=True)
+    call = model
+    if wrap == "ddp":
+        call = DistributedDataParallel(model)
+    elif wrap == "fsdp2":
+        mesh = init_device_mesh("cpu", (world,))
+        for module in (*model, model):
+            fully_shard(module, mesh=mesh)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    data = torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        x = torch.randn(2 * BATCH, LENGTH, WIDTH, generator=data)
+        share = slice(rank * BATCH, (rank + 1) * BATCH) if world > 1 else slice(None)
+        optimizer.zero_grad()
+        call(x[share]).square().mean().backward()
+        optimizer.step()
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.state_dict().items()}
+
+
+def train_all(rank: int, world: int, folder: str) -> None:
+    """Leave each way's parameters in a file of this rank."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
+    states = {
+        "start": build().state_dict(),
+        "one": train(0, 1, "", False),
+        "one, compiled": train(0, 1, "", True),
+        "ddp": train(rank, world, "ddp", False),
+        "fsdp2": train(rank, world, "fsdp2", False),
+        "fsdp2, compiled": train(rank, world, "fsdp2", True),
+    }
+    summaries = [report.summary() for report in swcompile.reports()]
+    assert len(summaries) == 4 and all("int8 in 4 of 4 output" in summary for summary in summaries), summaries
+    torch.save(states, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        mp.spawn(train_all, args=(2, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("two", "one", "rtol"), [("ddp", "one", 1e-4), ("fsdp2", "one", 1e-4), ("fsdp2, compiled", "one, compiled", 0.01)]
+)
+def test_two_processes_equal_one(states: list[dict[str, Any]], two: str, one: str, rtol: float) -> None:
+    for name, start in states[0]["start"].items():
+        expected, actual = states[0][one][name], states[0][two][name]
+        assert torch.equal(actual, states[1][two][name])
+        moved = (expected - start).norm()
+        assert moved > 0
+        assert (actual - expected).norm() < rtol * moved, name
