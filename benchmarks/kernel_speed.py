@@ -38,7 +38,7 @@ def median_ms(calls: Sequence[Callable[[], Any]], *, num_samples: int = 30) -> f
         call()
     torch.cuda.synchronize()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(num_samples + 1)]
-    torch.cuda._sleep(5_000_000)
+    torch.cuda._sleep(30_000_000)  # some 15 ms: longer than the host takes to queue all calls
     for event, call in zip(events, cycle(calls), strict=False):
         event.record()
         call()

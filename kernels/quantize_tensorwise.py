@@ -104,16 +104,18 @@ class TileConfig(NamedTuple):
     rows: int
     columns: int
     num_warps: int
+    loads_early: bool = False
+    """The first tile is loaded before the scale is known: worth its registers where a program has one tile."""
 
 
-MAX_PARTIALS = 512
+MAX_PARTIALS = 256
 """Programs of the first kernel at most: each program of the second one takes the maximum of all their results."""
 CANDIDATES = [
+    TileConfig(64, 128, 4, loads_early=True),
     TileConfig(64, 128, 4),
-    TileConfig(128, 128, 8),
     TileConfig(128, 64, 4),
     TileConfig(64, 64, 4),
-    TileConfig(32, 256, 4),
+    TileConfig(128, 128, 8),
     TileConfig(128, 128, 4),
 ]
 
@@ -153,18 +155,26 @@ def launch(
 ) -> None:
     """Run both kernels in the given configuration; an output that is None is not written."""
     num_rows, num_columns = x_RC.shape
-    num_multiprocessors = device_facts(x_RC.device).num_multiprocessors
-    num_partials = min(
-        triton.cdiv(num_rows, _ABSMAX_BLOCK_R) * triton.cdiv(num_columns, _ABSMAX_BLOCK_C),
-        8 * num_multiprocessors,  # as many as run at once: a weight of 6 M elements is one tile each
-        MAX_PARTIALS,
-    )
-    if num_partials:
+    facts = device_facts(x_RC.device)
+    # The second kernel is launched while the first one runs, and waits inside (programmatic dependent launch).
+    overlap = {"launch_pdl": True} if x_RC.is_cuda and facts.capability >= (9, 0) else {}
+    num_tiles = triton.cdiv(num_rows, _ABSMAX_BLOCK_R) * triton.cdiv(num_columns, _ABSMAX_BLOCK_C)
+    num_partials = 0
+    if num_tiles:
+        num_partials = triton.cdiv(num_tiles, triton.cdiv(num_tiles, MAX_PARTIALS))  # as many tiles each
         _absmax_kernel[(num_partials,)](
-            x_RC, partial_P, num_rows, num_columns, x_RC.stride(0), _ABSMAX_BLOCK_R, _ABSMAX_BLOCK_C, num_warps=8
+            x_RC,
+            partial_P,
+            num_rows,
+            num_columns,
+            x_RC.stride(0),
+            _ABSMAX_BLOCK_R,
+            _ABSMAX_BLOCK_C,
+            OVERLAP=bool(overlap),
+            num_warps=8,
         )
     num_tiles = triton.cdiv(num_rows, config.rows) * triton.cdiv(num_columns, config.columns)
-    _quantize_tiles_kernel[(max(min(num_tiles, 16 * num_multiprocessors), 1),)](
+    _quantize_tiles_kernel[(max(min(num_tiles, 16 * facts.num_multiprocessors), 1),)](
         x_RC,
         partial_P,
         same_RC,
@@ -179,19 +189,31 @@ def launch(
         MAX_PARTIALS=partial_P.shape[0],
         SAME=same_RC is not None,
         TRANSPOSED=transposed_CR is not None,
+        LOADS_EARLY=config.loads_early,
+        OVERLAP=bool(overlap),
         num_warps=config.num_warps,
         enable_fp_fusion=False,
+        **overlap,
     )
 
 
-_ABSMAX_BLOCK_R, _ABSMAX_BLOCK_C = 16, 512
+_ABSMAX_BLOCK_R, _ABSMAX_BLOCK_C = 32, 512
 
 
 @triton.jit
 def _absmax_kernel(
-    x_ptr, partial_ptr, num_rows, num_columns, x_stride, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    x_ptr,
+    partial_ptr,
+    num_rows,
+    num_columns,
+    x_stride,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program p: largest `magnitude_bits` of tiles p, p + P, p + 2 P, ... of P programs."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     tiles_per_row = tl.cdiv(num_columns, BLOCK_C)
     num_tiles = tl.cdiv(num_rows, BLOCK_R) * tiles_per_row
     bits = tl.zeros([BLOCK_R, BLOCK_C], tl.int32)
@@ -220,22 +242,42 @@ def _quantize_tiles_kernel(
     MAX_PARTIALS: tl.constexpr,
     SAME: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    LOADS_EARLY: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    """Program p: int8 of tiles p, p + P, p + 2 P, ... of P programs."""
+    tiles_per_row = tl.cdiv(num_columns, BLOCK_C)
+    first = tl.program_id(0)
+    rows, columns, mask = _tile(first, tiles_per_row, num_rows, num_columns, BLOCK_R, BLOCK_C)
+    if LOADS_EARLY:
+        x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()  # `_absmax_kernel` has ended; nothing was written before
     index = tl.arange(0, MAX_PARTIALS)
     partial = tl.load(partial_ptr + index, mask=index < num_partials, other=0)
     scale, inverse = scale_and_inverse(tl.max(partial, axis=0))
     tl.store(scale_ptr, scale)  # every program writes the same bits
-    tiles_per_row = tl.cdiv(num_columns, BLOCK_C)
+    if not LOADS_EARLY:
+        x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
+    x_q = round_to_int8(x, inverse)
+    store_int8_tile(x_q, same_ptr, transposed_ptr, rows, columns, num_rows, num_columns, mask, SAME, TRANSPOSED)
     num_tiles = tl.cdiv(num_rows, BLOCK_R) * tiles_per_row
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        rows = (tile // tiles_per_row) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-        columns = (tile % tiles_per_row) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
-        mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    for tile in tl.range(first + tl.num_programs(0), num_tiles, tl.num_programs(0)):
+        rows, columns, mask = _tile(tile, tiles_per_row, num_rows, num_columns, BLOCK_R, BLOCK_C)
         x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
         x_q = round_to_int8(x, inverse)
         store_int8_tile(
             x_q, same_ptr, transposed_ptr, rows, columns, num_rows, num_columns, mask, SAME, TRANSPOSED
         )
+
+
+@triton.jit
+def _tile(tile, tiles_per_row, num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows, columns and mask of a tile; the only tile of a matrix without elements is masked out."""
+    tiles_per_row = tl.maximum(tiles_per_row, 1)
+    rows = (tile // tiles_per_row) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+    columns = (tile % tiles_per_row) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
+    return rows, columns, (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
 
 
 TUNER: Tuner[TileConfig] = Tuner("quantize_tensorwise", [__file__, int8.__file__])
