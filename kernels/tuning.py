@@ -3,10 +3,10 @@
 Every configuration of a kernel gives the same bits, so a choice changes time only: ranks of one job may choose apart.
 """
 
+import statistics
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from hashlib import sha256
-from itertools import pairwise
 from math import log2
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -46,18 +46,25 @@ def bucket(size: int) -> int:
 def measure_ms(run: Callable[[], object]) -> float:
     """Median time of `run` on the current CUDA stream in milliseconds, of a few calls after a warm-up.
 
-    The device sleeps first while the host queues the calls: launches would else be timed instead of short kernels.
+    Each call finds the L2 cache full of something else, as a training step leaves it. The device sleeps first while
+    the host queues the calls: launches would else be timed instead of short kernels.
     """
     run()
+    others = torch.empty(
+        2 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size,
+        dtype=torch.uint8,
+        device="cuda",
+    )
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(11)]
     torch.cuda.synchronize()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(12)]
-    torch.cuda._sleep(2_000_000)
-    for event in events:
-        event.record()
+    torch.cuda._sleep(10_000_000)
+    for start, end in pairs:
+        others.zero_()
+        start.record()
         run()
+        end.record()
     torch.cuda.synchronize()
-    times = sorted(start.elapsed_time(end) for start, end in pairwise(events[1:]))
-    return times[len(times) // 2]
+    return statistics.median(start.elapsed_time(end) for start, end in pairs)
 
 
 class Tuner(Generic[Config]):
