@@ -7,6 +7,7 @@ from swcompile.backend import reports, switchback
 from swcompile.capture import JointGraph, capture, explain
 from swcompile.forward import ForwardGraph, capture_forward
 from swcompile.joint import StrictError
+from swcompile.optim import StableAdamW, split_decay_groups
 from swcompile.passes import joint_passes
 from swcompile.passes.insert_layer_scale import insert_layer_scale
 from swcompile.passes.insert_qk_layernorm import insert_qk_layernorm
@@ -35,6 +36,7 @@ __all__ = [
     "Report",
     "Role",
     "Scaling",
+    "StableAdamW",
     "Stabilizer",
     "StrictError",
     "capture",
@@ -52,6 +54,7 @@ __all__ = [
     "reports",
     "run_passes",
     "save_int8_activations",
+    "split_decay_groups",
     "strip",
     "switchback",
 ]

@@ -261,7 +261,8 @@ def format_graph(graph: fx.Graph) -> str:
 
 
 def _placeholder_kind(node: fx.Node) -> str:
-    return "tangent" if str(node.target).startswith("tangents") else "input"
+    kind = "tangent" if str(node.target).startswith("tangents") else "input"
+    return f"{kind} {node.meta['input']}" if "input" in node.meta else kind
 
 
 def _format_target(target: Any) -> str:

@@ -53,7 +53,7 @@ def plan_steps(
             dtype = str(key[0]).removeprefix("torch.")
             number = sum(bound.bucket.param_dtype == key[0] for bound in buckets)
             buckets.append(_BoundBucket(f"{dtype}_{number + 1}" if number else dtype, alike, device))
-        steps.append(DeviceStep(device, buckets, with_ratios, idle))
+        steps.append(DeviceStep(device, buckets, len(param_groups), with_ratios, idle))
     return steps
 
 
@@ -229,15 +229,21 @@ class DeviceStep:
     Args:
         device: the device.
         buckets: the tensors.
+        num_groups: parameter groups.
         with_ratios: see `emit_step`.
         idle: parameters that are not trained, but might be one day.
     """
 
     def __init__(
-        self, device: torch.device, buckets: Sequence[_BoundBucket], with_ratios: bool, idle: Sequence[nn.Parameter]
+        self,
+        device: torch.device,
+        buckets: Sequence[_BoundBucket],
+        num_groups: int,
+        with_ratios: bool,
+        idle: Sequence[nn.Parameter],
     ):
         self.device, self.buckets, self.idle = device, buckets, idle
-        self.graph = emit_step([bound.bucket for bound in buckets], with_ratios=with_ratios)
+        self.graph = emit_step([bound.bucket for bound in buckets], num_groups=num_groups, with_ratios=with_ratios)
         self.lowered_graph = lower_to_tables(self.graph)
         self.is_lowered = runs_on_tables(device)
         graph = self.lowered_graph if self.is_lowered else self.graph

@@ -107,8 +107,6 @@ class StableAdamW(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        if group["max_lr"] is None:
-            group["max_lr"] = float(group["lr"])
         self._steps = None
 
     @torch.no_grad()
@@ -220,7 +218,9 @@ class StableAdamW(Optimizer):
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    """Raise `ValueError` for an option out of range."""
+    """Raise `ValueError` for an option out of range; fill in the default of `max_lr`."""
+    if group["max_lr"] is None and group["decay_by"] == "schedule":
+        group["max_lr"] = float(group["lr"])
     ranges: dict[str, Callable[[Any], bool]] = {
         "lr": lambda x: x >= 0,
         "eps": lambda x: x > 0,
@@ -253,7 +253,7 @@ _LEGAL = {
 def _numbers(group: dict[str, Any]) -> list[Any]:
     """A group's row of `step_graph.OPTIONS`."""
     decay, by = group["weight_decay"], group["decay_by"]
-    free = {"clipped_lr": 0.0, "lr": decay, "schedule": decay / group["max_lr"]}[by]
+    free = 0.0 if by == "clipped_lr" else decay if by == "lr" else decay / group["max_lr"]
     threshold = group["clip_threshold"]
     return [
         group["lr"],

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swcompile.kernels.stable_adamw import (
     SECOND_MOMENT_RATIOS,
@@ -44,7 +45,7 @@ class Bucket:
     """Over which each tensor is sharded, one after the other."""
 
 
-def emit_step(buckets: Sequence[Bucket], *, with_ratios: bool) -> fx.Graph:
+def emit_step(buckets: Sequence[Bucket], *, num_groups: int, with_ratios: bool) -> fx.Graph:
     """StableAdamW's step (arXiv 2304.13013, Algorithm 2) for the given buckets.
 
     Inputs, of T tensors in a bucket and G parameter groups:
@@ -58,10 +59,13 @@ def emit_step(buckets: Sequence[Bucket], *, with_ratios: bool) -> fx.Graph:
 
     Args:
         buckets: all on one device.
+        num_groups: parameter groups, G.
         with_ratios: whether some tensor is clipped, or skipped where its gradient is not finite. Without, the step is
             AdamW's, the RMS is NaN, and no gradient is read twice.
     """
-    return _Emitter(buckets).emit(with_ratios)
+    graph = _Emitter(buckets).emit(with_ratios)
+    _note_values(graph, buckets, num_groups)
+    return graph
 
 
 class _Emitter:
@@ -85,7 +89,7 @@ class _Emitter:
 
     def input(self, name: str, bucket: Bucket | None = None) -> fx.Proxy:
         node = self.graph.placeholder(name)
-        node.meta["bucket"] = bucket
+        node.meta["bucket"], node.meta["input"] = bucket, name
         return fx.Proxy(node, self.tracer)
 
     def call(self, name: str, target: Any, *args: Any) -> fx.Proxy:
@@ -104,13 +108,14 @@ class _Emitter:
         t = own["steps"].double() + 1
         beta1, beta2, warmup = numbers["beta1"], numbers["beta2"], numbers["beta2_warmup"]
         # De-biased as they are, so that the moments need no correction: 1 - β̂ = (1 - β) / (1 - β^t).
-        numbers["weights1"] = (1 - beta1) / (1 - beta1**t)
-        numbers["weights2"] = torch.where(warmup > 0, t**-warmup, (1 - beta2) / (1 - beta2**t))
-        numbers["scale"] = numbers["scale"] / shared["grad_scale"]
+        numbers["weights1"] = ((1 - beta1) / (1 - beta1**t)).float()
+        numbers["weights2"] = torch.where(warmup > 0, t**-warmup, (1 - beta2) / (1 - beta2**t)).float()
+        numbers["scale"] = (numbers["scale"] / shared["grad_scale"]).float()
+        numbers["eps"] = numbers["eps"].float()
         return numbers
 
     def ratios(self, bucket: Bucket, own: dict[str, fx.Proxy], numbers: dict[str, fx.Proxy]) -> fx.Proxy:
-        coefficients = [numbers[name].float() for name in ("weights2", "scale", "eps")]
+        coefficients = [numbers[name] for name in ("weights2", "scale", "eps")]
         return self.call(
             f"{bucket.name}_ratios", SECOND_MOMENT_RATIOS, *coefficients, own["grads"], own["exp_avg_sqs"]
         )
@@ -145,13 +150,15 @@ class _Emitter:
             takes = takes & rms.isfinite()
             rates = rates / (rms / numbers["clip_threshold"]).clamp(min=1)
         decays = numbers["clipped_decay"] * rates + numbers["free_decay"] * numbers["lr"]
-        coefficients = [rates, decays, *(numbers[name] for name in ("weights1", "weights2", "scale", "eps"))]
+        coefficients = [numbers[name] for name in ("weights1", "weights2", "scale", "eps")]
         lists = [own[name] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")]
         changes = self.call(
             f"{bucket.name}_update",
             STABLE_ADAMW_UPDATE,
             takes,
-            *(value.float() for value in coefficients),
+            rates.float(),
+            decays.float(),
+            *coefficients,
             *lists,
             own.get("remainders", []),
         )
@@ -179,7 +186,7 @@ def lower_to_tables(graph: fx.Graph) -> fx.Graph:
         bucket: Bucket = node.args[num_coefficients].meta["bucket"]
         if bucket.name not in tables:
             with lowered.inserting_before(next(iter(lowered.nodes))):
-                tables[bucket.name] = [lowered.placeholder(f"{bucket.name}_{field}") for field in TensorTable._fields]
+                tables[bucket.name] = [_table_input(lowered, bucket, field) for field in TensorTable._fields]
         facts: list[Any] = [bucket.grad_dtype, bucket.is_aligned]
         if is_update:
             facts = [bucket.param_dtype, *facts, bucket.has_remainders]
@@ -191,6 +198,45 @@ def lower_to_tables(graph: fx.Graph) -> fx.Graph:
     return lowered
 
 
+def _table_input(graph: fx.Graph, bucket: Bucket, field: str) -> fx.Node:
+    node = graph.placeholder(name := f"{bucket.name}_{field}")
+    node.meta["bucket"], node.meta["input"] = bucket, name
+    return node
+
+
 def _lists(graph: fx.Graph) -> Iterable[fx.Node]:
-    endings = ("_params", "_grads", "_exp_avgs", "_exp_avg_sqs", "_remainders")
-    return (node for node in graph.find_nodes(op="placeholder") if node.name.endswith(endings))
+    return (node for node in graph.find_nodes(op="placeholder") if node.name.endswith(tuple(_LISTS)))
+
+
+_LISTS = ("_params", "_grads", "_exp_avgs", "_exp_avg_sqs", "_remainders")
+_DTYPES = {"groups": torch.int64, "sizes": torch.float64, "present": torch.bool}
+
+
+def _note_values(graph: fx.Graph, buckets: Sequence[Bucket], num_groups: int) -> None:
+    """Give each node its value's shape and dtype, in ``meta["val"]``; a list says what it is a list of."""
+    with FakeTensorMode():
+        examples: dict[str, Any] = {
+            "options": torch.empty(num_groups, len(OPTIONS), dtype=torch.float64),
+            "grad_scale": torch.empty(1),
+            "found_inf": torch.empty(1),
+        }
+        for bucket in buckets:
+            for node in graph.find_nodes(op="placeholder"):
+                if node.meta["bucket"] is bucket:
+                    dtype = _DTYPES.get(node.name.removeprefix(f"{bucket.name}_"), torch.float32)
+                    example = torch.empty(bucket.num_tensors, dtype=dtype)
+                    examples[node.name] = [example] if node in set(_lists(graph)) else example
+        names = [node.name for node in graph.find_nodes(op="placeholder")]
+        _NoteValues(fx.GraphModule(nn.Module(), graph)).run(*(examples[name] for name in names))
+    for node in _lists(graph):
+        bucket = node.meta["bucket"]
+        dtypes = {"params": bucket.param_dtype, "grads": bucket.grad_dtype, "remainders": torch.int16}
+        dtype = dtypes.get(node.name.removeprefix(f"{bucket.name}_"), torch.float32)
+        node.meta["val"] = f"{bucket.num_tensors} x {str(dtype).removeprefix('torch.')}"
+
+
+class _NoteValues(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        n.meta["val"] = value
+        return value
