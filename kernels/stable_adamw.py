@@ -165,8 +165,8 @@ def second_moment_ratios_triton(
 ) -> torch.Tensor:
     """`second_moment_ratios` by the Triton kernels: what the op does on CUDA."""
     table = make_table(exp_avg_sqs, [[], grads, [], exp_avg_sqs, []], weights2.device)
-    is_aligned = are_aligned([*grads, *exp_avg_sqs])
-    return second_moment_ratios_of_table(weights2, scales, eps, *table, _dtype(grads), is_aligned)
+    facts = _dtype(grads), are_aligned([*grads, *exp_avg_sqs])
+    return second_moment_ratios_of_table(*(weights2, scales, eps, *table, *facts))
 
 
 def stable_adamw_update_triton(
@@ -187,9 +187,8 @@ def stable_adamw_update_triton(
     table = make_table(params, [params, grads, exp_avgs, exp_avg_sqs, remainders], takes.device)
     is_aligned = are_aligned([*params, *grads, *exp_avgs, *exp_avg_sqs, *remainders])
     facts = _dtype(params), _dtype(grads), is_aligned, bool(remainders)
-    return stable_adamw_update_of_table(
-        takes, rates, decays, weights1, weights2, scales, eps, *table, *facts
-    )
+    numbers = takes, rates, decays, weights1, weights2, scales, eps
+    return stable_adamw_update_of_table(*(*numbers, *table, *facts))
 
 
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, REMAINDER = range(5)

@@ -68,6 +68,10 @@ def emit_step(buckets: Sequence[Bucket], *, num_groups: int, with_ratios: bool) 
     return graph
 
 
+Value = Any
+"""A value of the graph while it is emitted: a proxy that takes a tensor's operations."""
+
+
 class _Emitter:
     def __init__(self, buckets: Sequence[Bucket]):
         self.buckets = buckets
@@ -87,21 +91,21 @@ class _Emitter:
         self.graph.lint()
         return self.graph
 
-    def input(self, name: str, bucket: Bucket | None = None) -> fx.Proxy:
+    def input(self, name: str, bucket: Bucket | None = None) -> Value:
         node = self.graph.placeholder(name)
         node.meta["bucket"], node.meta["input"] = bucket, name
         return fx.Proxy(node, self.tracer)
 
-    def call(self, name: str, target: Any, *args: Any) -> fx.Proxy:
+    def call(self, name: str, target: Any, *args: Any) -> Value:
         return self.tracer.create_proxy("call_function", target, args, {}, name=name)
 
-    def inputs_of(self, bucket: Bucket) -> dict[str, fx.Proxy]:
+    def inputs_of(self, bucket: Bucket) -> dict[str, Value]:
         names = ["groups", "sizes", "present", "steps", "skipped", "params", "grads", "exp_avgs", "exp_avg_sqs"]
         if bucket.has_remainders:
             names.append("remainders")
         return {name: self.input(f"{bucket.name}_{name}", bucket) for name in names}
 
-    def numbers_of(self, own: dict[str, fx.Proxy], shared: dict[str, fx.Proxy]) -> dict[str, fx.Proxy]:
+    def numbers_of(self, own: dict[str, Value], shared: dict[str, Value]) -> dict[str, Value]:
         """Of each tensor: its group's options, and the weights of the new values in its moments."""
         columns = shared["options"].index_select(0, own["groups"]).unbind(1)
         numbers = {name: columns[index] for index, name in enumerate(OPTIONS)}
@@ -114,7 +118,7 @@ class _Emitter:
         numbers["eps"] = numbers["eps"].float()
         return numbers
 
-    def ratios(self, bucket: Bucket, own: dict[str, fx.Proxy], numbers: dict[str, fx.Proxy]) -> fx.Proxy:
+    def ratios(self, bucket: Bucket, own: dict[str, Value], numbers: dict[str, Value]) -> Value:
         coefficients = [numbers[name] for name in ("weights2", "scale", "eps")]
         return self.call(
             f"{bucket.name}_ratios", SECOND_MOMENT_RATIOS, *coefficients, own["grads"], own["exp_avg_sqs"]
@@ -137,11 +141,11 @@ class _Emitter:
     def update(
         self,
         bucket: Bucket,
-        own: dict[str, fx.Proxy],
-        numbers: dict[str, fx.Proxy],
-        ratios: fx.Proxy | None,
-        shared: dict[str, fx.Proxy],
-    ) -> tuple[fx.Proxy, fx.Proxy]:
+        own: dict[str, Value],
+        numbers: dict[str, Value],
+        ratios: Value | None,
+        shared: dict[str, Value],
+    ) -> tuple[Value, Value]:
         takes, rates = own["present"] & (shared["found_inf"] == 0), numbers["lr"]
         if ratios is None:
             rms = torch.full_like(rates, torch.nan)
