@@ -24,6 +24,7 @@ lint: $(ready)
 bench: $(ready)
 	$(RUN) benchmarks/kernel_speed.py
 	$(RUN) benchmarks/train_step.py
+	$(RUN) benchmarks/optimizer_step.py
 
 docs: $(ready)
 	$(RUN) docs/make_docs.py

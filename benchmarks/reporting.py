@@ -1,6 +1,7 @@
 """What every benchmark prints: where it ran, and its table."""
 
 import datetime
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,10 @@ import triton
 
 
 def header(title: str) -> str:
-    """Title, date, GPU, versions and the command."""
+    """Title, date, GPU, versions and the command, whatever file it writes."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     versions = f"torch {torch.__version__}, Triton {triton.__version__}, Python {sys.version.split()[0]}"
-    command = " ".join(["python", *sys.argv])
+    command = re.sub(r" --output[ =]\S+", "", " ".join(["python", *sys.argv]))
     return f"# {title}\n\n{datetime.date.today()}, {gpu}, {versions}\n\n`{command}`"
 
 

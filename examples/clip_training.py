@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,11 @@ from run_results import PeakMemory, RunResult, Stopwatch
 from torch import Tensor, nn
 
 import swcompile
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {"stable_adamw": {}, "adamw": {"clip_threshold": None}}
+"""AdamW is StableAdamW without update clipping: the same code, and its RMS to compare."""
+WATCHED = "clip.vision_model.embeddings.patch_embedding.weight"
+"""The parameter whose RMS is kept: in CLIP models spikes begin at the patch embedding (arXiv 2304.13013, Section 3.3)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +37,8 @@ class Settings:
     output: Path = Path("runs/train_clip")
     stabilizers: Mapping[str, Any] = field(default_factory=dict)
     """What `swcompile.prepare` inserts in the model of every run: ``layer_scale``, ``qk_layernorm``."""
+    optimizers: tuple[str, ...] = ("stable_adamw",)
+    """Of `OPTIMIZERS`: every run is done with each."""
     weight_decay: float = 0.2
     betas: tuple[float, float] = (0.9, 0.98)
 
@@ -47,6 +54,9 @@ class Settings:
         unknown = [recipe for recipe in self.recipes if recipe not in swcompile.RECIPES]
         if unknown:
             raise ValueError(f"recipe: got {unknown[0]!r}, wanted some of {', '.join(swcompile.RECIPES)}")
+        unknown = [optimizer for optimizer in self.optimizers if optimizer not in OPTIMIZERS]
+        if unknown or not self.optimizers:
+            raise ValueError(f"optimizer: got {', '.join(unknown)!r}, wanted some of {', '.join(OPTIMIZERS)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +66,7 @@ class Run:
     name: str
     backend: str = "inductor"
     options: dict[str, Any] | None = None
+    optimizer: str = "stable_adamw"
 
     def compile(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """`function`, compiled whole and for the shapes of its first call."""
@@ -65,18 +76,18 @@ class Run:
 
 
 def plan_runs(settings: Settings) -> list[Run]:
-    """The baseline, then one run for each recipe."""
-    baseline = Run(name="bf16" if settings.device.type == "cuda" else "fp32")
+    """With each optimizer the baseline, then one run for each recipe."""
+    plain = Run(name="bf16" if settings.device.type == "cuda" else "fp32")
+    runs = [plain]
+    for recipe in settings.recipes:
+        options = {"recipe": recipe, "skip_slower": settings.skip_slower}
+        runs.append(Run(name=recipe, backend="switchback", options=options))
+    if len(settings.optimizers) == 1:
+        return [replace(run, optimizer=settings.optimizers[0]) for run in runs]
     return [
-        baseline,
-        *(
-            Run(
-                name=recipe,
-                backend="switchback",
-                options={"recipe": recipe, "skip_slower": settings.skip_slower},
-            )
-            for recipe in settings.recipes
-        ),
+        replace(run, name=f"{run.name}, {optimizer}", optimizer=optimizer)
+        for run in runs
+        for optimizer in settings.optimizers
     ]
 
 
@@ -85,16 +96,11 @@ def autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW without weight decay for biases, norms, the class embedding and the logit scale."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=settings.size.learning_rate, betas=settings.betas, eps=1e-6, fused=True
+def build_optimizer(model: nn.Module, settings: Settings, optimizer: str) -> swcompile.StableAdamW:
+    """Without weight decay for biases, norms, the class embedding, layer-scales and the logit scale."""
+    groups = swcompile.split_decay_groups(model, settings.weight_decay)
+    return swcompile.StableAdamW(
+        groups, lr=settings.size.learning_rate, betas=settings.betas, **OPTIMIZERS[optimizer]
     )
 
 
@@ -120,7 +126,8 @@ def train(run: Run, corpus: GlyphCorpus, settings: Settings) -> RunResult:
     if settings.stabilizers:
         swcompile.prepare(model, images[:2], token_ids[:2], **settings.stabilizers)
         print(f"{run.name}: {swcompile.prepared(model).summary()}")
-    optimizer = build_optimizer(model, settings)
+    optimizer = build_optimizer(model, settings, run.optimizer)
+    watched = optimizer.parameter_names().index(WATCHED)
     batches = unique_name_batches(labels, size.batch_size, seed=settings.seed)
     compiled_model = run.compile(model)
 
@@ -132,10 +139,12 @@ def train(run: Run, corpus: GlyphCorpus, settings: Settings) -> RunResult:
             loss = compiled_model(images[glyphs.to(device)], token_ids[labels[glyphs].to(device)])
         loss.backward()
         optimizer.step()
+        rms.append(optimizer.last_rms()[watched])
         optimizer.zero_grad()
         model.clamp_logit_scale()
         return loss.detach()
 
+    rms: list[Tensor] = []
     compilation = Stopwatch()
     losses = [train_step(0)]
     compile_seconds = compilation.seconds()
@@ -171,6 +180,7 @@ def train(run: Run, corpus: GlyphCorpus, settings: Settings) -> RunResult:
         compile_seconds=compile_seconds + eval_compile_seconds,
         peak_memory_mib=peak_memory_mib,
         losses=losses_cpu.tolist(),
+        rms=torch.stack(rms).tolist(),
     )
 
 

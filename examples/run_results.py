@@ -34,6 +34,8 @@ class RunResult:
     peak_memory_mib: float | None
     """Highest memory use in training after compilation: the allocator's on a GPU, the process's on a CPU."""
     losses: list[float]
+    rms: list[float]
+    """Of each step: how far the patch embedding's second moment lagged behind; about 1 where it did not."""
 
 
 class Stopwatch:
@@ -108,16 +110,22 @@ def save_results(results: Sequence[RunResult], path: Path, **context: object) ->
 
 
 def plot_losses(results: Sequence[RunResult], path: Path) -> None:
-    """Loss curves of all runs in one plot: pale as they are, strong as running means."""
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=120, layout="constrained")
+    """Loss of all runs above, pale as it is, strong as a running mean; below the RMS that goes up before a spike."""
+    figure, (above, below) = plt.subplots(
+        2, sharex=True, height_ratios=(3, 1), figsize=(8, 6.5), dpi=120, layout="constrained"
+    )
     for index, result in enumerate(results):
         steps = range(1, len(result.losses) + 1)
         label = f"{result.name}: top-1 {result.top1:.2%}, loss {result.final_loss:.3f}"
-        axes.plot(steps, result.losses, color=f"C{index}", linewidth=0.8, alpha=0.3)
-        axes.plot(steps, _running_mean(result.losses), f"C{index}" + ("-", "--")[index % 2], label=label)
-    axes.set(xlabel="step", ylabel="contrastive loss", title="CLIP on glyphs: training loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        above.plot(steps, result.losses, color=f"C{index}", linewidth=0.8, alpha=0.3)
+        above.plot(steps, _running_mean(result.losses), f"C{index}" + ("-", "--")[index % 2], label=label)
+        below.plot(steps, result.rms, color=f"C{index}", linewidth=0.8)
+    above.set(ylabel="contrastive loss", title="CLIP on glyphs: training loss")
+    above.grid(alpha=0.3)
+    above.legend()
+    below.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    below.set(xlabel="step", ylabel="RMS of the\npatch embedding", yscale="log")
+    below.grid(alpha=0.3, which="both")
     figure.savefig(path)
     plt.close(figure)
 

@@ -44,6 +44,9 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     model.add_argument("--batch-size", type=int, metavar="N", help="image-text pairs in a step")
     model.add_argument("--lr", type=float, metavar="RATE", help="highest learning rate")
     model.add_argument(
+        "--beta2", type=float, metavar="BETA", default=0.98, help="decay of the second moment; default: %(default)s"
+    )
+    model.add_argument(
         "--layer-scale", action="store_true", help="zero-init layer-scale on every residual branch, in all runs"
     )
     model.add_argument(
@@ -54,7 +57,13 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
         "--recipe",
         default="switchback",
         metavar="NAME[,NAME...]",
-        help="recipes to train with after the baseline",
+        help="recipes to train with after the baseline, or none; default: %(default)s",
+    )
+    run.add_argument(
+        "--optimizer",
+        default="stable_adamw",
+        metavar="NAME[,NAME...]",
+        help="stable_adamw, adamw, or both to do every run with each; default: %(default)s",
     )
     run.add_argument(
         "--skip-slower",
@@ -86,7 +95,9 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
         stabilizers = {"layer_scale": args.layer_scale, "qk_layernorm": args.qk_layernorm}
         return Settings(
             size=replace(SIZES[args.size or ("base" if on_gpu else "tiny")], **given),
-            recipes=tuple(filter(None, args.recipe.split(","))),
+            recipes=() if args.recipe == "none" else tuple(filter(None, args.recipe.split(","))),
+            optimizers=tuple(filter(None, args.optimizer.split(","))),
+            betas=(0.9, args.beta2),
             skip_slower=on_gpu if args.skip_slower is None else args.skip_slower,
             device=device,
             seed=args.seed,

@@ -7,7 +7,6 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-import optimi
 import pytest
 import torch
 from torch import nn
@@ -149,6 +148,7 @@ def check_algorithm(options: dict[str, Any], device: str, num_steps: int) -> Non
 
 
 def test_it_is_optimi() -> None:
+    optimi = pytest.importorskip("optimi", reason="pip install torch-optimi")
     params, others = parameters()[:2], parameters()[:2]
     options = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-6}
     ours, theirs = StableAdamW(params, **options), optimi.StableAdamW(others, triton=False, foreach=False, **options)

@@ -66,6 +66,7 @@ def test_three_steps_leave_results_table_and_plot(
     assert saved["name"] == "fp32"
     assert saved["losses"] == result.losses
     assert len(saved["losses"]) == 3
+    assert saved["rms"][0] == pytest.approx(1.0, rel=1e-3) and len(set(saved["rms"])) == 3
     # Before it has learnt anything, the loss is that of guessing among the batch.
     assert saved["losses"][0] == pytest.approx(math.log(8), rel=0.2)
     assert saved["final_loss"] == saved["losses"][-1]
@@ -94,7 +95,8 @@ def test_the_sweep_has_a_run_for_each_rate_and_variant(
         diverged = settings.size.learning_rate > 0.1 and not settings.stabilizers
         loss = float("nan") if diverged else 1.0 + len(seen) / 8
         numbers = {"top1": 0.25, "top5": 0.5, "times_chance": 50.0, "samples_per_second": 1.0}
-        return RunResult(name=run.name, final_loss=loss, compile_seconds=0, peak_memory_mib=None, losses=[loss], **numbers)
+        histories = {"losses": [loss], "rms": [1.0]}
+        return RunResult(name=run.name, final_loss=loss, compile_seconds=0, peak_memory_mib=None, **histories, **numbers)
 
     monkeypatch.setattr(sweep_learning_rates, "train", train)
     results = sweep_learning_rates.sweep(corpus, Settings(size=SMALLEST), (0.01, 1.0), "switchback")
@@ -104,6 +106,25 @@ def test_the_sweep_has_a_run_for_each_rate_and_variant(
     cells = [list(column.cells) for column in table.columns]
     assert cells[0] == ["0.01", "1"] and cells[1] == ["1.125 (25.0%)", "diverged"]
     assert cells[4] == ["1.500 (25.0%)", "2.000 (25.0%) diverged"]  # no better than guessing among 8
+
+
+def test_every_run_is_done_with_each_optimizer() -> None:
+    settings = train_clip.parse_settings(["--recipe", "none", "--optimizer", "adamw,stable_adamw", "--beta2", "0.999", "--device", "cpu"])
+    assert [run.name for run in plan_runs(settings)] == ["fp32, adamw", "fp32, stable_adamw"]
+    model, _ = _model()
+    thresholds = []
+    for run in plan_runs(settings):
+        optimizer = build_optimizer(model, settings, run.optimizer)
+        assert optimizer.defaults["betas"] == (0.9, 0.999)
+        thresholds.append(optimizer.defaults["clip_threshold"])
+    assert thresholds == [None, 1.0]
+    assert [run.name for run in plan_runs(train_clip.parse_settings(["--device", "cpu"]))] == ["fp32", "switchback"]
+
+
+def test_an_unknown_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_clip.parse_settings(["--optimizer", "adam"])
+    assert "optimizer: got 'adam', wanted some of stable_adamw, adamw" in capsys.readouterr().err
 
 
 def test_the_options_that_stabilise() -> None:
@@ -117,7 +138,7 @@ def test_the_options_that_stabilise() -> None:
 
 def test_the_loss_falls_on_a_batch_that_repeats() -> None:
     model, tokenizer = _model()
-    optimizer = build_optimizer(model, Settings(size=SMALLEST))
+    optimizer = build_optimizer(model, Settings(size=SMALLEST), "stable_adamw")
     images = torch.randint(0, 256, (3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     token_ids = tokenizer.encode_all(["LATIN SMALL LETTER A", "DIGIT ONE", "FULL STOP"])
     losses = []
@@ -167,7 +188,7 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
 
 def test_only_matrices_decay() -> None:
     model, _ = _model()
-    decaying, others = build_optimizer(model, Settings(size=SMALLEST)).param_groups
+    decaying, others = build_optimizer(model, Settings(size=SMALLEST), "stable_adamw").param_groups
     assert decaying["weight_decay"] == 0.2 and others["weight_decay"] == 0.0
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     undecayed = {names[id(parameter)] for parameter in others["params"]}

@@ -118,7 +118,7 @@ class _BoundBucket:
             has_remainders=has_remainders,
             process_groups=process_groups,
         )
-        self.positions = [member.position for member in members]
+        self.positions = torch.tensor([member.position for member in members], device=device)
         self.names = [member.name for member in members]
         self.params = [member.param for member in members]
         self.locals = [member.local for member in members]
@@ -309,19 +309,19 @@ class DeviceStep:
             return 0.0
         return float(value)
 
-    def last_rms(self) -> Iterable[tuple[list[int], torch.Tensor]]:
+    def last_rms(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """(positions, RMS) of each bucket after a step."""
         for bound in self.buckets:
             if bound.rms is not None:
                 yield bound.positions, bound.rms.where(bound.present, torch.nan)
 
-    def last_update_norms(self) -> Iterable[tuple[list[int], torch.Tensor]]:
+    def last_update_norms(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """(positions, norms) of each bucket after a step."""
         for bound in self.buckets:
             if bound.changes is not None:
                 yield bound.positions, bound.summed(bound.changes).sqrt()
 
-    def skipped(self) -> Iterable[tuple[list[int], torch.Tensor]]:
+    def skipped(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """(positions, counts) of each bucket."""
         for bound in self.buckets:
             yield bound.positions, bound.skipped

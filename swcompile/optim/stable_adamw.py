@@ -207,13 +207,12 @@ class StableAdamW(Optimizer):
                 step.take_gradients()
         return self._planned()
 
-    def _gathered(self, values: Callable[[DeviceStep], Iterable[tuple[list[int], torch.Tensor]]]) -> torch.Tensor:
+    def _gathered(self, values: Callable[[DeviceStep], Iterable[tuple[torch.Tensor, torch.Tensor]]]) -> torch.Tensor:
         params = [param for group in self.param_groups for param in group["params"]]
         gathered = torch.full((len(params),), torch.nan, device=local_tensor(params[0]).device)
         for step in self._planned():
             for positions, numbers in values(step):
-                index = torch.tensor(positions, device=gathered.device)
-                gathered[index] = numbers.to(gathered)
+                gathered[positions.to(gathered.device)] = numbers.to(gathered)
         return gathered
 
 
