@@ -11,11 +11,12 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from clip_model import SIZES
-from clip_training import Run, Settings, train
+from clip_training import OPTIMIZERS, Run, Settings, train
 from glyphs import GlyphCorpus, render_corpus
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -30,16 +31,30 @@ VARIANTS = {
 }
 
 
-def sweep(corpus: GlyphCorpus, settings: Settings, rates: Sequence[float], recipe: str) -> list[RunResult]:
-    """One run for each learning rate and variant, named after both."""
+def sweep(
+    corpus: GlyphCorpus, settings: Settings, rates: Sequence[float], recipe: str, jobs: int = 1
+) -> list[RunResult]:
+    """One run for each variant and learning rate, named after both; variants in up to `jobs` processes at a time."""
+    train_variant = partial(sweep_rates, corpus, settings, rates, recipe)
+    if jobs == 1:
+        results = [train_variant(name) for name in VARIANTS]
+    else:
+        with torch.multiprocessing.get_context("spawn").Pool(jobs) as pool:
+            results = pool.map(train_variant, VARIANTS, chunksize=1)
+    return [result for variant in results for result in variant]
+
+
+def sweep_rates(
+    corpus: GlyphCorpus, settings: Settings, rates: Sequence[float], recipe: str, variant: str
+) -> list[RunResult]:
+    """The runs of one variant: the first one compiles, the others find its kernels in the cache."""
     results = []
     for rate in rates:
-        for name, stabilizers in VARIANTS.items():
-            changed = replace(settings, size=replace(settings.size, learning_rate=rate), stabilizers=stabilizers)
-            backend = "inductor" if recipe == "none" else "switchback"
-            options = None if recipe == "none" else {"recipe": recipe, "skip_slower": settings.skip_slower}
-            run = Run(name=f"{rate:g}, {name}", backend=backend, options=options)
-            results.append(train(run, corpus, changed))
+        size = replace(settings.size, learning_rate=rate)
+        backend = "inductor" if recipe == "none" else "switchback"
+        options = None if recipe == "none" else {"recipe": recipe, "skip_slower": settings.skip_slower}
+        run = Run(name=f"{rate:g}, {variant}", backend=backend, options=options, optimizer=settings.optimizers[0])
+        results.append(train(run, corpus, replace(settings, size=size, stabilizers=VARIANTS[variant])))
     return results
 
 
@@ -64,7 +79,7 @@ def _cell(result: RunResult, batch_size: int) -> str:
 
 
 def main() -> None:
-    """Render the glyphs, train on them as the command line says, and print the table."""
+    """Render the glyphs, train on them as the command line says, and write and print the table."""
     description, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -74,6 +89,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, metavar="N", help="image-text pairs in a step")
     parser.add_argument("--lr", default="1e-3,3e-3,1e-2,3e-2", metavar="RATE[,RATE...]", help="default: %(default)s")
     parser.add_argument("--recipe", default="switchback", metavar="NAME", help="or none; default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time; default: %(default)s")
+    parser.add_argument(
+        "--optimizer", choices=OPTIMIZERS, default="adamw", help="stable_adamw survives more by itself; default: %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--eval-glyphs", type=int, metavar="N", help="test glyphs to classify; default: all")
     parser.add_argument("--output", type=Path, default=Path("runs/learning_rates"), help="folder; default: %(default)s")
@@ -82,9 +101,12 @@ def main() -> None:
     given = {"num_steps": args.steps, "batch_size": args.batch_size}
     try:
         rates = [float(rate) for rate in args.lr.split(",")]
+        if args.jobs < 1:
+            raise ValueError(f"jobs: got {args.jobs}, wanted at least 1")
         settings = Settings(
             size=replace(SIZES[args.size], **{name: value for name, value in given.items() if value is not None}),
             recipes=() if args.recipe == "none" else (args.recipe,),
+            optimizers=(args.optimizer,),
             skip_slower=device.type == "cuda",
             device=device,
             seed=args.seed,
@@ -95,7 +117,7 @@ def main() -> None:
         parser.error(str(error))
     settings.output.mkdir(parents=True, exist_ok=True)
     corpus = render_corpus(settings.size.image_size)
-    results = sweep(corpus, settings, rates, args.recipe)
+    results = sweep(corpus, settings, rates, args.recipe, args.jobs)
     save_results(results, settings.output / "results.json", settings=asdict(settings), chance=corpus.chance)
     Console().print(table(results, rates, settings.size.batch_size))
 

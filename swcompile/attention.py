@@ -95,6 +95,13 @@ class HeadSplit:
 
     def replace(self, node: fx.Node, new: fx.Node) -> None:
         """Let `new` take the place of a node of the path on the way to the scores, and nowhere else."""
+        rest = self.path[self.path.index(node) + 1 :]
+        if any(set(passed.users) != set(self.readers_of(passed)) for passed in rest):
+            # Something else reads a view on the way: the scores get views of their own.
+            with node.graph.inserting_before(min(self.readers, key=list(node.graph.nodes).index)):
+                taken = {node: new}
+                for node in rest:
+                    taken[node] = new = node.graph.node_copy(node, lambda old: taken.get(old, old))
         for reader in self.readers_of(node):
             if reader.target == SDPA and self.position is not None:
                 reader.update_arg(self.position, new)  # the same tensor may be its keys and its values
@@ -209,6 +216,7 @@ def _head_split(
         columns.append(columns[-1] if node.target in COPIES else _moved(node, columns[-1]))
         if node.target in EXPANDS:
             break  # grouped keys, repeated for each query head
+    readers = tuple(user for user in node.users if user in onward)
     apart = []
     for index, numbers in enumerate(columns):
         if isinstance(numbers, torch.Tensor) and path[index].target not in EXPANDS:
@@ -239,9 +247,9 @@ def _head_split(
         joint_dims=_feature_dims(columns[joint]),
         columns=heads,
         weight=weights.root(weights.of(path[0])[0]),
-        readers=tuple(users),
+        readers=readers,
         is_private=all(_reads_others(user, numbers, heads) for user, numbers in others)
-        and (reader not in users or tree_leaves(list(args_of(reader))).count(node) == 1),
+        and (reader not in readers or tree_leaves(list(args_of(reader))).count(node) == 1),
         position=position if reader.target == SDPA else None,
     )
 

@@ -168,6 +168,30 @@ def test_values_that_are_the_keys_are_not_normalised() -> None:
     assert torch.equal(model(x), captured(x))
 
 
+class ReadHeads(Attention):
+    """The heads of the queries are read once more, on the way to the scores."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.q(x).unflatten(-1, (2, -1))
+        k, v = (t.unsqueeze(1).expand(-1, 2, -1, -1) for t in self.kv(x).chunk(2, -1))
+        return F.scaled_dot_product_attention(heads.transpose(1, 2), k, v) + heads.mean()
+
+
+@pytest.mark.parametrize("over", Over)
+def test_what_else_reads_the_heads_sees_them_as_they_were(over: Over) -> None:
+    model, x = ReadHeads(), torch.randn(3, 5, WIDTH)
+    plain = Attention()
+    plain.load_state_dict(model.state_dict())
+    results = []
+    for attention in (model, plain):
+        captured = swcompile.capture_forward(attention, x)
+        captured.run_passes([partial(insert_qk_layernorm, options=QKLayernormOptions(over=over))])
+        results.append(captured(x))
+    mean = model.q(x).mean()
+    assert abs(mean) > 1e-3  # that of normalised queries is 0
+    torch.testing.assert_close(results[0], results[1] + mean)
+
+
 def test_patterns_leave_sites_out() -> None:
     captured = swcompile.capture_forward(Mlp(), torch.randn(4, WIDTH))
     options = LayerScaleOptions(exclude=("mlp.*",))
