@@ -100,13 +100,16 @@ class HeadSplit:
             # Something else reads a view on the way: the scores get views of their own.
             with node.graph.inserting_before(min(self.readers, key=list(node.graph.nodes).index)):
                 taken = {node: new}
-                for node in rest:
-                    taken[node] = new = node.graph.node_copy(node, lambda old: taken.get(old, old))
-        for reader in self.readers_of(node):
+                for passed in rest:
+                    taken[passed] = new = node.graph.node_copy(passed, lambda old: taken.get(old, old))
+            last = rest[-1]
+        else:
+            last = node
+        for reader in self.readers_of(last):
             if reader.target == SDPA and self.position is not None:
                 reader.update_arg(self.position, new)  # the same tensor may be its keys and its values
             else:
-                reader.replace_input_with(node, new)
+                reader.replace_input_with(last, new)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
