@@ -44,8 +44,8 @@ def _on_device_of_first_argument(function: Callable[..., Any]) -> Callable[..., 
     """Triton launches on the current device: make that the tensor's, and check that its GPU can run the kernel."""
 
     @wraps(function)
-    def run(first: torch.Tensor, *rest: Any) -> Any:
-        index = first.device.index
+    def run(first: Any, *rest: Any) -> Any:
+        index = (first if isinstance(first, torch.Tensor) else first[0]).device.index
         require_supported_gpu(index)
         if index == torch.cuda.current_device():
             return function(first, *rest)

@@ -12,6 +12,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swcompile.cost import rates_fingerprint, size_buckets, symbolic_sizes
+from swcompile.graph_pass import GraphPass
 from swcompile.joint import (
     JointPass,
     copy_graph,
@@ -22,11 +23,13 @@ from swcompile.joint import (
     trace_joint,
 )
 from swcompile.kernels.launch import require_supported_gpu
-from swcompile.passes import joint_passes
+from swcompile.passes import joint_passes, post_grad_passes
 from swcompile.pipeline import log
 from swcompile.recipe import Recipe
 from swcompile.report import Decision, Report
 
+_LATE = "post_grad_custom_post_pass"
+"""Inductor's hook behind its own passes on the forward graph and on the backward graph."""
 _reports: deque[Report] = deque(maxlen=64)
 
 
@@ -79,7 +82,11 @@ def switchback(
     report = Report(recipe.name, find=_Retrace(gm, example_inputs, joint_pass, patches))
     joint_pass.on_decisions = report.record
     _reports.append(report)
-    compiled = compile_fx(gm, example_inputs, config_patches=patches | {"joint_custom_pre_pass": joint_pass})
+    hooks: dict[str, Any] = {"joint_custom_pre_pass": joint_pass}
+    late_passes = post_grad_passes(recipe)
+    if late_passes:
+        hooks[_LATE] = GraphPass(late_passes, hook=_LATE, before=patches.get(_LATE))
+    compiled = compile_fx(gm, example_inputs, config_patches=patches | hooks)
     # A summary of what no pass has seen would trace the graph again: left to who asks.
     log.info("%s", report.summary() if report.is_recorded else f"{recipe.name}: from the cache; see swcompile.reports()")
     return compiled

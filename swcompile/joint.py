@@ -1,6 +1,5 @@
 """Where Inductor and the passes meet: the hook on the joint graph, and tracing a joint graph without compiling it."""
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,10 +13,10 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from swcompile import graph as facts
-from swcompile.pipeline import Pass, pass_identity, run_passes, source_fingerprint
+from swcompile.graph_pass import GraphPass
+from swcompile.pipeline import Pass, run_passes
 from swcompile.recipe import OPTIONS, Recipe, Role, check_options, closest, make_recipe
 from swcompile.report import Decision
 
@@ -26,15 +25,14 @@ class StrictError(ValueError):
     """A matmul that was asked for could not be rewritten, and the recipe is strict."""
 
 
-class JointPass(CustomGraphPass):
+class JointPass(GraphPass):
     """Runs passes on each joint (or inference) graph that Inductor makes of one Dynamo graph.
 
     Args:
         passes: what to run.
         names: index among the graph's inputs -> qualified name, for the parameters.
         identity: what decides on the result besides the passes, their options and `names`.
-        before: what the user has hooked in at the same place, a pass or several; it runs first. Left out, it is what
-            Inductor's config holds.
+        before: what the user has hooked in at the same place (`GraphPass`).
         strict: raise `StrictError` for a matmul that was asked for and is not rewritten.
         on_decisions: called with the decisions about each graph.
     """
@@ -49,32 +47,20 @@ class JointPass(CustomGraphPass):
         strict: bool = False,
         on_decisions: Callable[[list[Decision]], None] | None = None,
     ):
-        self.passes = list(passes)
+        identity = repr((identity, sorted(names.items())))
+        super().__init__(passes, hook="joint_custom_pre_pass", identity=identity, before=before)
         self.names = names
-        self.identity = identity
         self.strict = strict
         self.on_decisions = on_decisions
-        before = inductor_config.joint_custom_pre_pass if before is None else before
-        self.before = [p for p in (before if isinstance(before, (list, tuple)) else [before]) if p is not None]
 
-    def __call__(self, graph: fx.Graph) -> None:
-        for other in self.before:
-            other(graph)
+    def run(self, graph: fx.Graph) -> None:
+        """Run the passes on a graph, in place, and tell what they decided."""
         facts.name_parameters(graph, self.names)
         decisions = run_passes(graph, self.passes)
         if self.on_decisions:
             self.on_decisions(decisions)
         if self.strict:
             raise_violations(decisions)
-
-    def uuid(self) -> str | None:
-        """What stands for this pass in Inductor's cache key; None (no caching) where a pass has no identity."""
-        before = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.before]
-        passes = [pass_identity(rewrite) for rewrite in self.passes]
-        if None in before or None in passes:
-            return None
-        key = repr((source_fingerprint(), passes, self.identity, sorted(self.names.items()), before))
-        return hashlib.sha256(key.encode()).hexdigest()
 
 
 def raise_violations(decisions: Sequence[Decision]) -> None:

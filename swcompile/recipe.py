@@ -78,6 +78,8 @@ class Recipe:
     """Raise when a matmul that was asked for is not rewritten, or when a pattern matches no parameter."""
     skip_slower: bool = True
     """Leave a matmul alone where int8 with its quantisation is predicted to be slower than the original."""
+    fuse: bool | None = None
+    """Quantise a value in the kernel that computes it. None: on a GPU; on a CPU Inductor's own loops are faster."""
 
     def __post_init__(self) -> None:
         _check("Recipe: name", self.name, str, "a string")
@@ -85,6 +87,7 @@ class Recipe:
             _check(f"Recipe: {role}", getattr(self, role), (GemmFormat, type(None)), "a GemmFormat or None")
         for flag in ("save_int8_activations", "strict", "skip_slower"):
             _check(f"Recipe: {flag}", getattr(self, flag), bool, "True or False")
+        _check("Recipe: fuse", self.fuse, (bool, type(None)), "True, False or None")
         for field, value in (("include", self.include), ("exclude", self.exclude)):
             if value is None and field == "include":
                 continue
@@ -141,7 +144,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     recipe.__name__: recipe for recipe in (switchback, switchback_m, switchback_q, llm_int8)
 }
 
-_RECIPE_OPTIONS = ("include", "exclude", "strict", "skip_slower")
+_RECIPE_OPTIONS = ("include", "exclude", "strict", "skip_slower", "fuse")
 OPTIONS = ("recipe", *_RECIPE_OPTIONS)
 """The options that `make_recipe` takes."""
 
@@ -151,7 +154,7 @@ def make_recipe(options: Mapping[str, Any]) -> Recipe:
 
     Args:
         options: ``recipe`` (a name in `RECIPES` or a `Recipe`; default ``"switchback"``), ``include`` and
-            ``exclude`` (a glob on parameter names, or several), ``strict``, ``skip_slower``.
+            ``exclude`` (a glob on parameter names, or several), ``strict``, ``skip_slower``, ``fuse``.
 
     Raises:
         ValueError: an unknown option or recipe, naming the closest legal one; a value of the wrong type.
@@ -169,8 +172,8 @@ def make_recipe(options: Mapping[str, Any]) -> Recipe:
     for option in ("include", "exclude"):
         if options.get(option) is not None:
             changes[option] = patterns(option, options[option])
-    for option in ("strict", "skip_slower"):
-        if option in options:
+    for option in ("strict", "skip_slower", "fuse"):
+        if option in options and not (option == "fuse" and options[option] is None):
             if not isinstance(options[option], bool):
                 raise ValueError(f"option {option!r} is {options[option]!r}; it takes True or False")
             changes[option] = options[option]

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from swcompile.passes.fuse_quantization import fuse_quantization
 from swcompile.passes.quantize_matmuls import quantize_matmuls
 from swcompile.passes.save_int8_activations import save_int8_activations
 from swcompile.pipeline import Pass
@@ -19,3 +20,14 @@ def joint_passes(recipe: Recipe, *, is_whole: bool = True) -> list[Pass]:
     if recipe.save_int8_activations:
         passes.append(save_int8_activations)
     return passes
+
+
+def post_grad_passes(recipe: Recipe) -> list[Pass]:
+    """The passes over the forward graph, and over the backward graph, that the partitioner makes of the joint graph.
+
+    Args:
+        recipe: what to rewrite.
+    """
+    if recipe.fuse is False:
+        return []
+    return [partial(fuse_quantization, devices=("cpu", "cuda") if recipe.fuse else ("cuda",))]

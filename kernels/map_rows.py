@@ -1,0 +1,159 @@
+"""Norms, activations, their gradients and the like in one op, with quantisation at the end: a program over rows.
+
+Shapes: M rows (tokens), K features a row.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from swcompile.kernels.int8 import with_unit_inner_stride
+from swcompile.kernels.library import Work, define_op
+from swcompile.kernels.quantize_rowwise import quantize_rowwise_reference
+from swcompile.kernels.row_program import POINTWISE, REDUCTIONS, Action, Ref, RowProgram, Shape, parse
+from swcompile.kernels.row_program_triton import MAX_COLUMNS, launch
+
+
+def map_rows(inputs: Sequence[torch.Tensor], program: RowProgram) -> list[torch.Tensor]:
+    """Run a program over the rows of matrices.
+
+    Each step is computed in float32 and rounded to its dtype, so the result does not depend on what is fused with
+    what; a kernel may differ from the reference in the last bits of float32 of a sum or of a transcendental function.
+    A quantised value is rounded to its own dtype first: int8 is that of the value as it would be stored.
+
+    Args:
+        inputs: one for each of ``program.inputs``: matrices [M, K] of any strides, columns [M, 1], rows [K] or [1, K].
+        program: what to compute.
+
+    Returns:
+        One tensor for each `Action.STORE` and `Action.SUM_ROWS`, two for each `Action.QUANTIZE`, all contiguous.
+
+    Raises:
+        ValueError: shapes or dtypes other than the program's.
+    """
+    return MAP_ROWS(list(inputs), str(program))
+
+
+def map_rows_reference(inputs: Sequence[torch.Tensor], program: str) -> list[torch.Tensor]:
+    """`map_rows` in plain PyTorch, of a program's text."""
+    parsed = parse(program)
+    check_inputs(inputs, parsed)
+    values = [
+        tensor.reshape(1, -1) if value.shape is Shape.ROW else tensor
+        for tensor, value in zip(inputs, parsed.inputs, strict=True)
+    ]
+    for step in parsed.steps:
+        arguments = [_in_float32(values[arg.index]) if isinstance(arg, Ref) else arg for arg in step.args]
+        function = POINTWISE[step.op].reference if step.op in POINTWISE else REDUCTIONS[step.op]
+        values.append(function(*arguments).to(step.value.dtype))
+    results: list[torch.Tensor] = []
+    num_rows, num_columns = matrix_size(inputs, parsed)
+    for output in parsed.outputs:
+        value = values[output.ref.index]
+        if output.action is Action.STORE:
+            width = num_columns if parsed.value(output.ref).shape is Shape.MATRIX else 1
+            stored = value.expand(num_rows, width)
+            results.append(stored.clone(memory_format=torch.contiguous_format))
+        elif output.action is Action.QUANTIZE:
+            results += quantize_rowwise_reference(value)
+        else:
+            results.append(value.float().sum(0).to(output.dtype))
+    return results
+
+
+def _in_float32(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.is_floating_point() else x
+
+
+def map_rows_triton(inputs: Sequence[torch.Tensor], program: str) -> list[torch.Tensor]:
+    """`map_rows` by the Triton kernel that the program is made into: what the op does on CUDA.
+
+    Raises:
+        ValueError: also rows of more than 32,768 features, which no thread block holds.
+    """
+    parsed = parse(program)
+    check_inputs(inputs, parsed)
+    num_rows, num_columns = matrix_size(inputs, parsed)
+    if num_columns > MAX_COLUMNS:
+        raise ValueError(f"map_rows: K={num_columns}, but a kernel holds rows of up to {MAX_COLUMNS}")
+    outputs = _fake(inputs, program)
+    if num_rows == 0 or num_columns == 0:
+        return map_rows_reference(inputs, program)
+    readable = [
+        with_unit_inner_stride(tensor) if value.shape is Shape.MATRIX else tensor.contiguous()
+        for tensor, value in zip(inputs, parsed.inputs, strict=True)
+    ]
+    launch(readable, parsed, outputs)
+    return outputs
+
+
+def map_rows_work(program: RowProgram, num_rows: int, num_columns: int) -> Work:
+    """Every input read once and every output written once; a sum over rows as if it were written once."""
+    count = {Shape.MATRIX: num_rows * num_columns, Shape.COLUMN: num_rows, Shape.ROW: num_columns}
+    num_bytes = sum(count[value.shape] * value.dtype.itemsize for value in program.inputs)
+    for output in program.outputs:
+        value = program.value(output.ref)
+        if output.action is Action.STORE:
+            num_bytes += count[value.shape] * value.dtype.itemsize
+        elif output.action is Action.QUANTIZE:
+            num_bytes += num_rows * num_columns + 4 * num_rows
+        else:
+            assert output.dtype is not None
+            num_bytes += num_columns * output.dtype.itemsize
+    return Work(flops=num_rows * program.num_flops(num_columns), bytes=num_bytes)
+
+
+def matrix_size(inputs: Sequence[torch.Tensor], program: RowProgram) -> tuple[int, int]:
+    """(M, K), which may be symbolic."""
+    matrix = next(t for t, value in zip(inputs, program.inputs, strict=True) if value.shape is Shape.MATRIX)
+    return matrix.shape[0], matrix.shape[1]
+
+
+def check_inputs(inputs: Sequence[torch.Tensor], program: RowProgram) -> None:
+    """Raise `ValueError` unless the tensors are what the program takes."""
+    check_dtypes(inputs, program)
+    num_rows, num_columns = matrix_size(inputs, program)
+    wanted: dict[Shape, list[tuple[int, ...]]] = {
+        Shape.MATRIX: [(num_rows, num_columns)],
+        Shape.COLUMN: [(num_rows, 1)],
+        Shape.ROW: [(num_columns,), (1, num_columns)],
+    }
+    for number, (tensor, value) in enumerate(zip(inputs, program.inputs, strict=True)):
+        if tuple(tensor.shape) not in wanted[value.shape]:
+            raise ValueError(f"map_rows: input %{number} is {tuple(tensor.shape)}, but must be {wanted[value.shape][0]}")
+
+
+def check_dtypes(inputs: Sequence[torch.Tensor], program: RowProgram) -> None:
+    """Raise `ValueError` on a wrong number of inputs, dtype or rank. Looks at no size: sizes may be symbolic."""
+    if len(inputs) != len(program.inputs):
+        raise ValueError(f"map_rows: {len(inputs)} tensors for a program with {len(program.inputs)} inputs")
+    for number, (tensor, value) in enumerate(zip(inputs, program.inputs, strict=True)):
+        ranks = (1, 2) if value.shape is Shape.ROW else (2,)
+        if tensor.dtype != value.dtype or tensor.dim() not in ranks:
+            raise ValueError(
+                f"map_rows: input %{number} is {tensor.dtype} with {tensor.dim()} dimensions, but must be {value}"
+            )
+
+
+def _fake(inputs: Sequence[torch.Tensor], program: str) -> list[torch.Tensor]:
+    parsed = parse(program)
+    check_dtypes(inputs, parsed)
+    num_rows, num_columns = matrix_size(inputs, parsed)
+    results = []
+    for output in parsed.outputs:
+        value = parsed.value(output.ref)
+        if output.action is Action.STORE:
+            width = num_columns if value.shape is Shape.MATRIX else 1
+            results.append(inputs[0].new_empty((num_rows, width), dtype=value.dtype))
+        elif output.action is Action.QUANTIZE:
+            results.append(inputs[0].new_empty((num_rows, num_columns), dtype=torch.int8))
+            results.append(inputs[0].new_empty((num_rows, 1), dtype=torch.float32))
+        else:
+            results.append(inputs[0].new_empty((num_columns,), dtype=output.dtype))
+    return results
+
+
+MAP_ROWS = define_op(
+    "map_rows(Tensor[] inputs, str program) -> Tensor[]", reference=map_rows_reference, cuda=map_rows_triton, fake=_fake
+)
+"""The op as it stands in a graph: ``torch.ops.swcompile.map_rows.default``."""
