@@ -255,7 +255,7 @@ def format_graph(graph: fx.Graph) -> str:
         else:
             arguments = [_format_argument(value, names) for value in node.args]
             arguments += [f"{key}={_format_argument(value, names)}" for key, value in node.kwargs.items()]
-            what = f"{_format_target(node.target)}({', '.join(arguments)})"
+            what = f"{_format_target(node.target)}({', '.join(arguments)})".replace(", \n", ",\n")
         lines.append(f"{names[node]}: {_format_value(node.meta.get('val'))} = {what}")
     return "\n".join(lines)
 

@@ -8,8 +8,9 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from swcompile.graph import MATMULS
 from swcompile.kernels.row_program import FLOAT_DTYPES, POINTWISE, Output, Ref, RowProgram, Shape, Step, Value
-from swcompile.values import CASTS, RESHAPES
+from swcompile.values import CASTS, RESHAPES, derivation
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -51,9 +52,14 @@ _ALIASES = RESHAPES | {
     aten.clone.default,
     aten.detach.default,
     aten.expand.default,
+    aten.permute.default,
+    aten.select.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
     aten.squeeze.dims,
     aten.unsqueeze.default,
 }
+"""Ops that move nothing as long as the rows stay in their order."""
 _CONSTANTS = {aten.full.default, aten.scalar_tensor.default}
 _POWERS = (1.0, 2.0, 3.0, 0.5, -0.5)
 _RANDOM = {
@@ -95,7 +101,7 @@ class Frame(NamedTuple):
         """Whether a program can compute a node from its arguments."""
         if node.op != "call_function" or not all(self.takes(source) for source in _sources(node)):
             return False
-        if any(source.target in _RANDOM for source in node.all_input_nodes):
+        if any(_origin(source).target in _RANDOM for source in node.all_input_nodes):
             return False
         if node.target is getitem:
             return _is_moment(node)
@@ -105,6 +111,8 @@ class Frame(NamedTuple):
             return False
         if node.target in _ALIASES:
             return self._is_alias(node)
+        if node.target in CASTS and not self._narrows_well(node):
+            return False
         if node.target in _REDUCTIONS:
             return self._reduces_rows(node)
         if node.target is aten.pow.Tensor_Scalar:
@@ -118,8 +126,19 @@ class Frame(NamedTuple):
     def _is_alias(self, node: fx.Node) -> bool:
         (source, *_) = node.all_input_nodes
         before, after = (self.shape_of(n.meta["val"]) for n in (source, node))
+        if node.target is aten.permute.default:
+            moved = [d for d in node.args[1] if not statically_known_true(source.meta["val"].shape[d] == 1)]  # type: ignore[union-attr,index]
+            return before is after and moved == sorted(moved)
         widens = node.target is aten.expand.default and before in (Shape.COLUMN, Shape.ROW)
         return before is after or (widens and after is Shape.MATRIX)
+
+    def _narrows_well(self, cast: fx.Node) -> bool:
+        """Whether to cast to a narrower dtype in the kernel: not what Inductor computes, as it would be written wide."""
+        (source, *_) = cast.all_input_nodes
+        if cast.meta["val"].dtype.itemsize >= source.meta["val"].dtype.itemsize or self.computes(source):
+            return True
+        origin = _origin(source)
+        return origin.op == "placeholder" or origin.target in MATMULS
 
     def _reduces_rows(self, node: fx.Node) -> bool:
         """Whether a reduction gives one number for each row of a matrix, with the dimension kept."""
@@ -141,6 +160,12 @@ class Frame(NamedTuple):
             return False
         all_but_last = sorted(d % value.dim() for d in dims) == list(range(value.dim() - 1))  # type: ignore[union-attr,operator]
         return all_but_last and node.meta["val"].dtype in FLOAT_DTYPES
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """What a node is a view or a cast of."""
+    *_, origin = derivation(node)
+    return origin
 
 
 def constant(node: fx.Node) -> float | None:
@@ -170,6 +195,7 @@ class ProgramWriter:
         self.inputs = [self._value(node) for node in inputs]
         self.steps: list[Step] = []
         self.refs: dict[fx.Node, Ref | float] = {node: Ref(number) for number, node in enumerate(inputs)}
+        self._known: dict[Step, Ref] = {}
         self._moments: dict[fx.Node, tuple[Ref, Ref]] = {}
 
     def add(self, node: fx.Node) -> None:
@@ -233,8 +259,10 @@ class ProgramWriter:
         return self._append(Step(op, (argument,), Value(Shape.COLUMN, dtype)))
 
     def _append(self, step: Step) -> Ref:
-        self.steps.append(step)
-        return Ref(len(self.inputs) + len(self.steps) - 1)
+        if step not in self._known:
+            self._known[step] = Ref(len(self.inputs) + len(self.steps))
+            self.steps.append(step)
+        return self._known[step]
 
     def _var_mean(self, node: fx.Node) -> tuple[Ref, Ref]:
         """(variance, mean), in two passes over the row, as the second one costs nothing where it is in registers."""

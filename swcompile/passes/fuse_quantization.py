@@ -14,7 +14,7 @@ from swcompile.kernels.row_program import Action, Output, Ref, RowProgram, Shape
 from swcompile.kernels.row_program_triton import MAX_COLUMNS
 from swcompile.pipeline import PassResult, emit
 from swcompile.row_steps import Frame, ProgramWriter, constant
-from swcompile.values import CASTS
+from swcompile.values import CASTS, VIEWS
 
 aten = torch.ops.aten
 
@@ -98,11 +98,8 @@ class _Region:
     @property
     def is_worthwhile(self) -> bool:
         """Whether there is more to do than to quantise what is there."""
-        computes = any(node.target not in _MOVES for node in self.members)
+        computes = any(node.target not in VIEWS for node in self.members)
         return (computes or bool(self.sums)) and len(self.matrices) <= MAX_INPUTS
-
-
-_MOVES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.clone.default, aten.expand.default}
 
 
 def _grow_region(root: fx.Node, order: dict[fx.Node, float]) -> _Region | None:
@@ -207,7 +204,7 @@ def _absorb_neighbours(region: _Region, order: dict[fx.Node, float]) -> None:
     for node in computable:
         value = node.meta["val"]
         is_read = any(not region.frame.computes(user) for user in node.users if user not in region.sums)
-        if is_read and value.dtype.itemsize <= 2 and value.is_floating_point() and node.target not in _MOVES:
+        if is_read and value.dtype.itemsize <= 2 and value.is_floating_point() and node.target not in VIEWS:
             _absorb(region, node, order)
 
 
