@@ -6,17 +6,21 @@ from functools import partial
 from typing import Any
 
 import torch
+from row_programs import PROGRAMS, make_inputs
 
 from swcompile.kernels import (
     dequantize,
     quantize_columnwise,
     quantize_rowwise,
     quantize_tensorwise,
+    row_program_triton,
     scaled_mm,
 )
 from swcompile.kernels.library import Work
+from swcompile.kernels.map_rows import MAP_ROWS, map_rows_work
 from swcompile.kernels.quantize_rowwise import RowwiseConfig
 from swcompile.kernels.quantize_tensorwise import TileConfig
+from swcompile.kernels.row_program import parse
 from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_tma, launch
 
 TOKENS = 32768
@@ -135,6 +139,37 @@ def quantizer_cases(only: str) -> Iterable[Case]:
         work = dequantize.dequantize_work(TOKENS, width, 2, num_scales=TOKENS)
         operands = partial(lambda width: (*quantized(TOKENS, width), torch.bfloat16), width)
         yield from case("dequantize", (TOKENS, width), work, operands)
+
+
+def row_program_cases(only: str) -> Iterable[Case]:
+    """Norms and activations, forward and backward, with the quantisation and all sums over tokens in the same kernel."""
+    for name, text in PROGRAMS.items():
+        for width in (1280, 4096, 5120, 14336) if only in f"map_rows {name}" else ():
+            program = parse(text)
+            yield Case(
+                op=f"map_rows {name}",
+                shape=f"{TOKENS} x {width}",
+                work=map_rows_work(program, TOKENS, width),
+                unit=MEMORY,
+                operands=rotated(partial(_program_inputs, text, width)),
+                run=partial(_run_program, text),
+                tuner=row_program_triton.TUNER,
+                candidates=row_program_triton.candidates(program, width),
+                launch=partial(_launch_program, text),
+            )
+
+
+def _program_inputs(text: str, width: int) -> tuple[torch.Tensor, ...]:
+    return tuple(make_inputs(text, TOKENS, width, "cuda"))
+
+
+def _run_program(text: str, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    return MAP_ROWS(list(inputs), text)
+
+
+def _launch_program(text: str, config: Any, *inputs: torch.Tensor) -> None:
+    program = parse(text)
+    row_program_triton.launch_config(config, inputs, program, row_program_triton.empty_outputs(inputs, program))
 
 
 def _launch_rowwise(config: RowwiseConfig, x: torch.Tensor) -> None:

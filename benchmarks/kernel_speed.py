@@ -25,6 +25,7 @@ from kernel_cases import (
     normal,
     quantized,
     quantizer_cases,
+    row_program_cases,
 )
 from reporting import header, markdown_table, write
 from triton.errors import TritonError
@@ -155,7 +156,7 @@ def main() -> None:
     print(*parts, sep="\n\n", flush=True)
     rows, measured = [], []
     matmuls = (matmul_cases(num_rows, arguments.only) for num_rows in arguments.rows)
-    for case in chain(quantizer_cases(arguments.only), *matmuls):
+    for case in chain(quantizer_cases(arguments.only), row_program_cases(arguments.only), *matmuls):
         rows.append(measure(case, copy))
         print(rows[-1], flush=True)
         if arguments.all_configs and case.launch is not None:

@@ -10,8 +10,17 @@ import torch
 from swcompile.kernels.int8 import with_unit_inner_stride
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.quantize_rowwise import quantize_rowwise_reference
-from swcompile.kernels.row_program import POINTWISE, REDUCTIONS, Action, Ref, RowProgram, Shape, parse
-from swcompile.kernels.row_program_triton import MAX_COLUMNS, launch
+from swcompile.kernels.row_program import (
+    POINTWISE,
+    REDUCTIONS,
+    Action,
+    Ref,
+    RowProgram,
+    Shape,
+    matrix_size,
+    parse,
+)
+from swcompile.kernels.row_program_triton import MAX_COLUMNS, empty_outputs, launch
 
 
 def map_rows(inputs: Sequence[torch.Tensor], program: RowProgram) -> list[torch.Tensor]:
@@ -76,7 +85,7 @@ def map_rows_triton(inputs: Sequence[torch.Tensor], program: str) -> list[torch.
     num_rows, num_columns = matrix_size(inputs, parsed)
     if num_columns > MAX_COLUMNS:
         raise ValueError(f"map_rows: K={num_columns}, but a kernel holds rows of up to {MAX_COLUMNS}")
-    outputs = _fake(inputs, program)
+    outputs = empty_outputs(inputs, parsed)
     if num_rows == 0 or num_columns == 0:
         return map_rows_reference(inputs, program)
     readable = [
@@ -101,12 +110,6 @@ def map_rows_work(program: RowProgram, num_rows: int, num_columns: int) -> Work:
             assert output.dtype is not None
             num_bytes += num_columns * output.dtype.itemsize
     return Work(flops=num_rows * program.num_flops(num_columns), bytes=num_bytes)
-
-
-def matrix_size(inputs: Sequence[torch.Tensor], program: RowProgram) -> tuple[int, int]:
-    """(M, K), which may be symbolic."""
-    matrix = next(t for t, value in zip(inputs, program.inputs, strict=True) if value.shape is Shape.MATRIX)
-    return matrix.shape[0], matrix.shape[1]
 
 
 def check_inputs(inputs: Sequence[torch.Tensor], program: RowProgram) -> None:
@@ -138,19 +141,7 @@ def check_dtypes(inputs: Sequence[torch.Tensor], program: RowProgram) -> None:
 def _fake(inputs: Sequence[torch.Tensor], program: str) -> list[torch.Tensor]:
     parsed = parse(program)
     check_dtypes(inputs, parsed)
-    num_rows, num_columns = matrix_size(inputs, parsed)
-    results = []
-    for output in parsed.outputs:
-        value = parsed.value(output.ref)
-        if output.action is Action.STORE:
-            width = num_columns if value.shape is Shape.MATRIX else 1
-            results.append(inputs[0].new_empty((num_rows, width), dtype=value.dtype))
-        elif output.action is Action.QUANTIZE:
-            results.append(inputs[0].new_empty((num_rows, num_columns), dtype=torch.int8))
-            results.append(inputs[0].new_empty((num_rows, 1), dtype=torch.float32))
-        else:
-            results.append(inputs[0].new_empty((num_columns,), dtype=output.dtype))
-    return results
+    return empty_outputs(inputs, parsed)
 
 
 MAP_ROWS = define_op(

@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -133,6 +133,12 @@ class RowProgram:
         )
         extra = {Action.STORE: 0, Action.QUANTIZE: 2, Action.SUM_ROWS: 1}
         return num_columns * (matrices + sum(extra[output.action] for output in self.outputs))
+
+
+def matrix_size(inputs: Sequence[torch.Tensor], program: RowProgram) -> tuple[int, int]:
+    """(M, K), which may be symbolic."""
+    matrix = next(t for t, value in zip(inputs, program.inputs, strict=True) if value.shape is Shape.MATRIX)
+    return matrix.shape[0], matrix.shape[1]
 
 
 def _format_argument(argument: Ref | float) -> str:

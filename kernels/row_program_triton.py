@@ -16,7 +16,17 @@ import torch
 from swcompile.kernels import int8, row_math
 from swcompile.kernels.launch import device_facts, triton
 from swcompile.kernels.quantize_rowwise import PIECE_PER_WARP
-from swcompile.kernels.row_program import POINTWISE, Action, Output, Ref, RowProgram, Shape, Step, Value
+from swcompile.kernels.row_program import (
+    POINTWISE,
+    Action,
+    Output,
+    Ref,
+    RowProgram,
+    Shape,
+    Step,
+    Value,
+    matrix_size,
+)
 from swcompile.kernels.tuning import Tuner, bucket
 
 MAX_PIECES = 8
@@ -45,25 +55,20 @@ def launch(inputs: Sequence[torch.Tensor], program: RowProgram, outputs: Sequenc
         program: what to compute.
         outputs: contiguous tensors, written.
     """
-    num_rows, num_columns = next(
-        t.shape for t, value in zip(inputs, program.inputs, strict=True) if value.shape is Shape.MATRIX
-    )
+    num_rows, num_columns = matrix_size(inputs, program)
 
     def run(config: RowConfig) -> None:
-        _launch(config, inputs, program, outputs, num_rows, num_columns)
+        launch_config(config, inputs, program, outputs)
 
     key = (bucket(num_rows), num_columns, _digest(str(program)))
     run(TUNER.choose(key, lambda: candidates(program, num_columns), run, inputs[0].device))
 
 
-def _launch(
-    config: RowConfig,
-    inputs: Sequence[torch.Tensor],
-    program: RowProgram,
-    outputs: Sequence[torch.Tensor],
-    num_rows: int,
-    num_columns: int,
+def launch_config(
+    config: RowConfig, inputs: Sequence[torch.Tensor], program: RowProgram, outputs: Sequence[torch.Tensor]
 ) -> None:
+    """`launch` in the given configuration."""
+    num_rows, num_columns = matrix_size(inputs, program)
     rows = config.num_warps // config.warps_per_row
     width = PIECE_PER_WARP * config.warps_per_row
     num_programs = triton.cdiv(num_rows, rows)
@@ -97,6 +102,23 @@ def _launch(
 
 _SUM_COLUMNS = 64
 """Features that a program of the second kernel adds the sums of all programs of the first one for."""
+
+
+def empty_outputs(inputs: Sequence[torch.Tensor], program: RowProgram) -> list[torch.Tensor]:
+    """Tensors for what a program gives, contiguous and not yet written."""
+    num_rows, num_columns = matrix_size(inputs, program)
+    results = []
+    for output in program.outputs:
+        value = program.value(output.ref)
+        if output.action is Action.STORE:
+            width = num_columns if value.shape is Shape.MATRIX else 1
+            results.append(inputs[0].new_empty((num_rows, width), dtype=value.dtype))
+        elif output.action is Action.QUANTIZE:
+            results.append(inputs[0].new_empty((num_rows, num_columns), dtype=torch.int8))
+            results.append(inputs[0].new_empty((num_rows, 1), dtype=torch.float32))
+        else:
+            results.append(inputs[0].new_empty((num_columns,), dtype=output.dtype))
+    return results
 
 
 def _actions(program: RowProgram) -> list[Action]:

@@ -8,7 +8,8 @@ from swcompile.capture import JointGraph, capture, explain
 from swcompile.forward import ForwardGraph, capture_forward
 from swcompile.joint import StrictError
 from swcompile.optim import StableAdamW, split_decay_groups
-from swcompile.passes import joint_passes
+from swcompile.passes import joint_passes, post_grad_passes
+from swcompile.passes.fuse_quantization import fuse_quantization
 from swcompile.passes.insert_layer_scale import insert_layer_scale
 from swcompile.passes.insert_qk_layernorm import insert_qk_layernorm
 from swcompile.passes.quantize_matmuls import quantize_matmuls
@@ -43,11 +44,13 @@ __all__ = [
     "capture_forward",
     "explain",
     "format_graph",
+    "fuse_quantization",
     "insert_layer_scale",
     "insert_qk_layernorm",
     "joint_passes",
     "make_recipe",
     "merge_layer_scale",
+    "post_grad_passes",
     "prepare",
     "prepared",
     "quantize_matmuls",

@@ -54,6 +54,8 @@ class Candidate(NamedTuple):
     gemm: GemmFormat
     sharers: int
     """How many candidates read the same quantised activation; each bears its share."""
+    is_fused: bool = False
+    """The activation is quantised in the kernel that computes it, which then only writes int8 in addition."""
 
 
 class _Times(NamedTuple):
@@ -99,7 +101,7 @@ def _original(matmul: Matmul, rates: DeviceRates | None) -> tuple[float, float]:
 
 
 def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
-    matmul, gemm, sharers = candidate
+    matmul, gemm, sharers, is_fused = candidate
     value = matmul.node.meta["val"]
     rates = rates or device_rates(value.device, value.dtype)
     m, n, k = _shape(matmul)
@@ -111,7 +113,11 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
 
     original, original_host = _original(matmul, rates)
     multiply = scaled_mm_work(m, n, k, itemsize)
-    quantize_other = quantize_rowwise_work(other_rows, k, itemsize).bytes / rates.quantize + rates.kernel
+    if is_fused:
+        quantize_other, activation_kernels = other_rows * (k + 4) / rates.quantize, 0
+    else:
+        quantize_other = quantize_rowwise_work(other_rows, k, itemsize).bytes / rates.quantize + rates.kernel
+        activation_kernels = 1
     # An operand with one scale is read twice, and its absmax is a kernel of its own.
     weight_kernels = 2 if gemm.weight is Scaling.TENSOR else 1
     quantize = quantize_tensorwise_work if gemm.weight is Scaling.TENSOR else quantize_rowwise_work
@@ -123,7 +129,7 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
         + quantize_other / sharers
         + quantize_weight,
         original_host=original_host,
-        int8_host=(1 + 1 / sharers + weight_kernels) * rates.quantize_call,
+        int8_host=(1 + activation_kernels / sharers + weight_kernels) * rates.quantize_call,
     )
 
 

@@ -112,6 +112,13 @@ class Recipe:
         return unmatched((*(self.include or ()), *self.exclude), parameters)
 
 
+def fused_devices(recipe: Recipe) -> tuple[str, ...]:
+    """The types of devices on which values are quantised in the kernels that compute them."""
+    if recipe.fuse is None:
+        return ("cuda",)
+    return ("cpu", "cuda") if recipe.fuse else ()
+
+
 def _check(what: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
     if not isinstance(value, kinds):
         raise ValueError(f"{what} is {value!r}, but must be {wanted}")  # noqa: TRY004 (as for any wrong option)

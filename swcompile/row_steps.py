@@ -90,6 +90,14 @@ class Frame(NamedTuple):
             return Shape.COLUMN
         return None
 
+    @classmethod
+    def of(cls, node: fx.Node) -> "Frame | None":
+        """The frame of a value whose last dimension is the features; None where their number is not fixed."""
+        value = node.meta["val"]
+        if value.dim() < 2 or not isinstance(value.shape[-1], int) or value.shape[-1] < 2:
+            return None
+        return cls(value.numel() // value.shape[-1], value.shape[-1])
+
     def takes(self, node: fx.Node) -> bool:
         """Whether a node's value can be an input, or a number in the program."""
         if constant(node) is not None:
@@ -127,7 +135,8 @@ class Frame(NamedTuple):
         (source, *_) = node.all_input_nodes
         before, after = (self.shape_of(n.meta["val"]) for n in (source, node))
         if node.target is aten.permute.default:
-            moved = [d for d in node.args[1] if not statically_known_true(source.meta["val"].shape[d] == 1)]  # type: ignore[union-attr,index]
+            order: Any = node.args[1]
+            moved = [d for d in order if not statically_known_true(source.meta["val"].shape[d] == 1)]
             return before is after and moved == sorted(moved)
         widens = node.target is aten.expand.default and before in (Shape.COLUMN, Shape.ROW)
         return before is after or (widens and after is Shape.MATRIX)

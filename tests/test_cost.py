@@ -138,3 +138,21 @@ def test_the_second_gpu_is_measured_where_the_first_is_current() -> None:
     rates = cost._measure(torch.device("cuda", 1), torch.bfloat16)
     assert rates.kernel < 1e-3 and rates.int8_matmul > rates.matmul > 1e13
     assert torch.cuda.current_device() == 0
+
+
+def test_an_activation_that_its_own_kernel_quantises_costs_the_bytes_of_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "device_rates", lambda device, dtype: RATES)
+    model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256))
+    x = torch.randn(1024, 256)
+    speedups = {}
+    for fuse in (True, False):
+        report = swcompile.explain(model, x, include="*", fuse=fuse)
+        speedups[fuse] = {(d.parameter, d.role.value): d.speedup for d in report.decisions if d.speedup is not None}
+    same = [("0.weight", "output"), ("2.weight", "grad_input")]  # an input, and a gradient that comes in
+    assert all(speedups[True][key] == speedups[False][key] for key in same)
+    assert speedups[True]["2.weight", "output"] > speedups[False]["2.weight", "output"]
+    seconds = 2 * 1024 * 512 * 256 / RATES.matmul + RATES.kernel
+    multiply = max(seconds - RATES.kernel, 0) / 2 + RATES.kernel
+    weight = 256 * 512 * (2 * 4 + 1) / RATES.quantize + 4 / RATES.quantize + 2 * RATES.kernel
+    expected = seconds / (multiply + 1024 * (512 + 4) / RATES.quantize + weight)
+    assert speedups[True]["2.weight", "output"] == pytest.approx(expected, rel=1e-6)

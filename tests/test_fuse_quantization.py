@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
-from torch.nn.functional import gelu, layer_norm, silu
+from torch.nn.functional import gelu, silu
 from torch.utils.checkpoint import checkpoint
 
 import swcompile

@@ -13,7 +13,7 @@ from row_programs import PROGRAMS, make_inputs
 from swcompile.kernels.launch import triton
 from swcompile.kernels.map_rows import map_rows_reference, map_rows_triton
 from swcompile.kernels.row_program import POINTWISE, Action, parse
-from swcompile.kernels.row_program_triton import MAX_COLUMNS, RowConfig, _launch, candidates, source
+from swcompile.kernels.row_program_triton import MAX_COLUMNS, RowConfig, candidates, launch_config, source
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernel runs in Triton's interpreter on the latter
 DTYPES = ["f16", "f32"] + (["bf16"] if DEVICE == "cuda" else [])  # the interpreter cuts bits off in a cast to bfloat16
@@ -55,7 +55,7 @@ def test_every_configuration_gives_the_same(name: str) -> None:
         results = []
         for config in candidates(program, num_columns):
             outputs = [torch.empty_like(out) for out in map_rows_reference(inputs, text)]
-            _launch(config, inputs, program, outputs, 11, num_columns)
+            launch_config(config, inputs, program, outputs)
             results.append(outputs)
         assert len(results) >= 2
         for other in results[1:]:
@@ -160,7 +160,8 @@ def test_long_and_many_rows() -> None:
 def test_compiles_for_gpus_without_spilling() -> None:
     """In a process of its own: the interpreter, where it is on, replaces parts of Triton's language."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)
-    command = [sys.executable, "-m", "row_programs"]
+    tests = Path(__file__).parent
+    environment["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent / "benchmarks")])
+    command = [sys.executable, "-m", "compile_row_programs"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1:] == ["all compiled"], done.stdout + done.stderr

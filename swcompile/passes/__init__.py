@@ -6,7 +6,7 @@ from swcompile.passes.fuse_quantization import fuse_quantization
 from swcompile.passes.quantize_matmuls import quantize_matmuls
 from swcompile.passes.save_int8_activations import save_int8_activations
 from swcompile.pipeline import Pass
-from swcompile.recipe import Recipe
+from swcompile.recipe import Recipe, fused_devices
 
 
 def joint_passes(recipe: Recipe, *, is_whole: bool = True) -> list[Pass]:
@@ -28,6 +28,5 @@ def post_grad_passes(recipe: Recipe) -> list[Pass]:
     Args:
         recipe: what to rewrite.
     """
-    if recipe.fuse is False:
-        return []
-    return [partial(fuse_quantization, devices=("cpu", "cuda") if recipe.fuse else ("cuda",))]
+    devices = fused_devices(recipe)
+    return [partial(fuse_quantization, devices=devices)] if devices else []

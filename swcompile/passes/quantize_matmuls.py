@@ -18,8 +18,9 @@ from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
 from swcompile.kernels.quantize_tensorwise import QUANTIZE_TENSORWISE, QUANTIZE_TENSORWISE_TRANSPOSE
 from swcompile.kernels.scaled_mm import SCALED_MM
 from swcompile.pipeline import PassResult, emit
-from swcompile.recipe import GemmFormat, Recipe, Role, Scaling
+from swcompile.recipe import GemmFormat, Recipe, Role, Scaling, fused_devices
 from swcompile.report import Decision
+from swcompile.row_steps import Frame
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -73,7 +74,8 @@ def quantize_matmuls(
     for matmul in wanted:
         gemm = recipe.format_of(matmul.role)
         assert gemm is not None
-        candidates.append(Candidate(matmul, gemm, sharing[_activation_key(matmul)]))
+        sharers = sharing[_activation_key(matmul)]
+        candidates.append(Candidate(matmul, gemm, sharers, is_fused=_will_be_fused(matmul, recipe)))
     others = [matmul for matmul in found if matmul not in wanted]
     speedups = predict(candidates, others) if recipe.skip_slower else [None] * len(candidates)
     predicted = {c.matmul.node: speedup for c, speedup in zip(candidates, speedups, strict=True)}
@@ -101,6 +103,16 @@ def _activation_key(matmul: Matmul) -> tuple[object, ...]:
     """Equal for matmuls that read the same activation (or gradient), however it is viewed, in the same orientation."""
     activation = matmul.rhs if matmul.weight_on_left else matmul.lhs
     return values.source_of(activation), matmul.role is Role.GRAD_WEIGHT
+
+
+def _will_be_fused(matmul: Matmul, recipe: Recipe) -> bool:
+    """Whether `fuse_quantization` will most likely quantise the activation in the kernel that computes it."""
+    activation = matmul.rhs if matmul.weight_on_left else matmul.lhs
+    if matmul.role is Role.GRAD_WEIGHT or activation.meta["val"].device.type not in fused_devices(recipe):
+        return False
+    *_, origin = values.derivation(activation)
+    frame = Frame.of(origin)
+    return frame is not None and frame.num_columns == facts.sizes(activation)[-1] and frame.computes(origin)
 
 
 class _Sum(NamedTuple):

@@ -1,8 +1,8 @@
-"""Row programs of the kinds that models need; run as a program, it compiles them for GPUs that need not be there."""
+"""Row programs as `fuse_quantization` makes them of models: norms, activations and their gradients."""
 
 import torch
 
-from swcompile.kernels.row_program import Action, Shape, parse
+from swcompile.kernels.row_program import Shape, parse
 
 PROGRAMS = {
     "layer_norm": """\
@@ -57,6 +57,52 @@ quantize %19
 sum_rows %20: bf16
 sum_rows %21: f32
 sum_rows %19: bf16""",
+    "rms_norm": """\
+%0: bf16[M, K] = input
+%1: bf16[M, K] = input
+%2: bf16[1, K] = input
+%3: bf16[M, K] = add(%0, %1)
+%4: f32[M, K] = cast(%3)
+%5: f32[M, K] = mul(%4, %4)
+%6: f32[M, 1] = sum(%5)
+%7: f32[M, 1] = div(%6, 4096.0)
+%8: f32[M, 1] = add(%7, 1e-06)
+%9: f32[M, 1] = rsqrt(%8)
+%10: f32[M, K] = mul(%4, %9)
+%11: bf16[M, K] = cast(%10)
+%12: bf16[M, K] = mul(%2, %11)
+store %3
+store %9
+store %12
+quantize %12""",
+    "rms_norm_backward": """\
+%0: bf16[M, K] = input
+%1: bf16[M, K] = input
+%2: bf16[M, K] = input
+%3: f32[M, 1] = input
+%4: bf16[1, K] = input
+%5: bf16[M, K] = mul(%0, %4)
+%6: f32[M, K] = cast(%1)
+%7: f32[M, K] = mul(%6, %3)
+%8: bf16[M, K] = cast(%7)
+%9: bf16[M, K] = mul(%0, %8)
+%10: f32[M, K] = cast(%5)
+%11: f32[M, K] = mul(%10, %6)
+%12: f32[M, K] = mul(%10, %3)
+%13: f32[M, 1] = sum(%11)
+%14: f32[M, 1] = mul(%3, %3)
+%15: f32[M, 1] = mul(%14, %3)
+%16: f32[M, 1] = mul(%13, -0.5)
+%17: f32[M, 1] = mul(%16, %15)
+%18: f32[M, 1] = div(%17, 4096.0)
+%19: f32[M, K] = mul(%6, 2.0)
+%20: f32[M, K] = mul(%18, %19)
+%21: f32[M, K] = add(%12, %20)
+%22: bf16[M, K] = cast(%21)
+%23: bf16[M, K] = add(%2, %22)
+store %23
+quantize %23
+sum_rows %9: bf16""",
     "gelu": """\
 %0: bf16[M, K] = input
 %1: f32[M, K] = mul(%0, 0.5)
@@ -123,53 +169,3 @@ def make_inputs(text: str, num_rows: int, num_columns: int, device: str) -> list
     torch.manual_seed(0)
     sizes = {Shape.MATRIX: (num_rows, num_columns), Shape.COLUMN: (num_rows, 1), Shape.ROW: (num_columns,)}
     return [torch.randn(sizes[value.shape], device=device).to(value.dtype) for value in parse(text).inputs]
-
-
-def main() -> None:
-    """Compile every program for a few generations of GPUs, and look for registers that did not suffice."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from swcompile.kernels.row_program_triton import PIECE_PER_WARP, candidates, compile_source, source
-
-    pointers = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-    for name, num_columns in (
-        ("layer_norm", 1280), ("layer_norm_backward", 1280), ("gelu", 5120), ("gelu_backward", 5120),
-        ("swiglu", 14336), ("swiglu_backward", 14336),
-    ):  # fmt: skip
-        program = parse(PROGRAMS[name])
-        config = candidates(program, num_columns)[0]
-        width = PIECE_PER_WARP * config.warps_per_row
-        kernel = compile_source(source(program, triton.cdiv(num_columns, width))).row_kernel
-        signature = {}
-        for number, value in enumerate(program.inputs):
-            signature[f"in{number}"] = pointers[value.dtype]
-            if value.shape is Shape.MATRIX:
-                signature[f"stride{number}"] = "i32"
-        for number, output in enumerate(program.outputs):
-            stored = pointers[program.value(output.ref).dtype]
-            signature[f"out{number}"] = {Action.STORE: stored, Action.QUANTIZE: "*i8", Action.SUM_ROWS: "*fp32"}[output.action]
-            if output.action is Action.QUANTIZE:
-                signature[f"scale{number}"] = "*fp32"
-        signature["num_rows"] = "i32"
-        names = kernel.arg_names
-        aligned = {(names.index(argument),): [["tt.divisibility", 16]] for argument in signature if argument != "num_rows"}
-        constants = {"K": num_columns, "BLOCK_M": config.num_warps // config.warps_per_row, "WIDTH": width}
-        constants |= {"EVEN_M": True, "EVEN_K": num_columns % width == 0}
-        for capability in (80, 90):
-            compiled = triton.compile(
-                ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
-                target=GPUTarget("cuda", capability, 32),
-                options={"num_warps": config.num_warps, "enable_fp_fusion": False},
-            )
-            ptx = compiled.asm["ptx"]
-            assert "st.local" not in ptx and "ld.local" not in ptx, name
-            loads = [line for line in ptx.splitlines() if "ld.global" in line and ".v4" in line]
-            assert loads, f"{name}: no load of 16 bytes"
-            print(name, capability, "shared memory", compiled.metadata.shared)
-    print("all compiled")
-
-
-if __name__ == "__main__":
-    main()
