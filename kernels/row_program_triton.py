@@ -127,7 +127,10 @@ def _actions(program: RowProgram) -> list[Action]:
 
 
 def candidates(program: RowProgram, num_columns: int) -> list[RowConfig]:
-    """At most 8 configurations, the likeliest first: few warps a row, but no more elements a thread than registers hold."""
+    """A few configurations, the likeliest first: few warps a row, but no more elements a thread than registers hold.
+
+    Three to compile at most, as a model has some ten programs; how many programs loop over the rows costs no compiling.
+    """
     sums = sum(output.action is Action.SUM_ROWS for output in program.outputs)
     matrices = sum(value.shape is Shape.MATRIX for value in program.inputs)
     # Registers a piece takes: 4 for 16-bit inputs that wait, 8 for a float32 result that does, 8 for each running sum.
@@ -140,15 +143,13 @@ def candidates(program: RowProgram, num_columns: int) -> list[RowConfig]:
         if (num_pieces > most_pieces and not is_widest) or (num_pieces == 1 and warps_per_row > 1 and configs):
             continue
         padding = num_pieces * PIECE_PER_WARP * warps_per_row - num_columns
-        for num_warps in sorted({warps_per_row, max(warps_per_row, 4), max(warps_per_row, 8)}):
-            if num_warps < 4:
-                continue
+        for num_warps in sorted({max(warps_per_row, 4), max(warps_per_row, 8)}):
             badness = abs(num_pieces - min(most_pieces, 5)) + 16 * padding / num_columns + num_warps / 16
-            each = max(1, 16 // num_warps) if sums else 0
-            configs.append((badness, RowConfig(warps_per_row, num_warps, each)))
-            if sums:
-                configs.append((badness + 0.5, RowConfig(warps_per_row, num_warps, 2 * each)))
-    return [config for _, config in sorted(configs)[:8]]
+            configs.append((badness, RowConfig(warps_per_row, num_warps)))
+    likeliest = [config for _, config in sorted(configs)[:3]]
+    if not sums:
+        return likeliest
+    return [config._replace(programs_each=each * max(1, 16 // config.num_warps)) for config in likeliest for each in (1, 2)]
 
 
 TUNER: Tuner[RowConfig] = Tuner("map_rows", [__file__, int8.__file__, row_math.__file__])

@@ -141,7 +141,7 @@ def test_rows_that_no_block_holds() -> None:
 def test_candidates() -> None:
     for name, num_columns in itertools.product(PROGRAMS, (2, 80, 1024, 1280, 4096, 5120, 14336, MAX_COLUMNS)):
         configs = candidates(parse(PROGRAMS[name]), num_columns)
-        assert 1 <= len(configs) <= 8
+        assert 1 <= len({config[:2] for config in configs}) <= 3 and len(configs) <= 6
         for config in configs:
             assert config.num_warps % config.warps_per_row == 0 and config.num_warps >= 4
             assert triton.cdiv(num_columns, 256 * config.warps_per_row) <= 8
