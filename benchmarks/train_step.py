@@ -1,12 +1,17 @@
-"""Time and peak memory of a whole train step (forward, loss, backward): compiled bf16 against each recipe.
+"""Time and peak memory of a whole train step (forward, loss, backward): bf16, each recipe, and other libraries' float8.
+
+    python benchmarks/train_step.py
+    python benchmarks/train_step.py llama --peers --gradients
 
 Prints one table a model. All routes of a model run in one process on the same weights, taking turns, so that their
 ratios do not depend on the clock of the moment; times are medians.
 """
 
 import argparse
+import copy
 import dataclasses
 import gc
+import importlib.metadata
 import statistics
 import time
 from collections import defaultdict
@@ -84,59 +89,143 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
 }
 
 
-def step_of(workload: Workload, call: Callable[..., Any]) -> Callable[[], None]:
+FLOAT8 = "torchao float8 "
+"""torchao's float8 training, by the name of its recipe: its modules in the place of the linear layers, then compiled."""
+PEERS = [
+    "eager bf16",
+    "torch.compile bf16, max-autotune",
+    *(FLOAT8 + name for name in ("tensorwise", "rowwise", "rowwise_with_gw_hp")),
+]
+UNFUSED = ", not fused"
+"""After a recipe's name: every quantisation of an activation or gradient is a kernel of its own."""
+
+
+@dataclasses.dataclass
+class Route:
+    """A way to run a workload's step."""
+
+    model: nn.Module
+    """The one whose gradients the step leaves: the workload's, or a copy that another library has changed."""
+    step: Callable[[], None]
+    is_ours: bool
+
+
+def make_route(workload: Workload, name: str, options: dict[str, Any]) -> Route:
+    """Compile nothing yet: the first step does."""
+    model, call = workload.model, None
+    recipe = name.removesuffix(UNFUSED)
+    if recipe in swcompile.RECIPES:
+        options = {"recipe": recipe, **options, **({"fuse": False} if name.endswith(UNFUSED) else {})}
+        call = torch.compile(model, backend="switchback", options=options, fullgraph=True)
+    elif name.startswith(FLOAT8):
+        model = with_float8(model, name.removeprefix(FLOAT8))
+        call = torch.compile(model, fullgraph=True)
+    elif name == BASELINE:
+        call = torch.compile(model, fullgraph=True)
+    elif name == "torch.compile bf16, max-autotune":
+        call = torch.compile(model, fullgraph=True, mode="max-autotune-no-cudagraphs")
+    elif name == "eager bf16":
+        call = model
+    else:
+        raise ValueError(f"no route {name!r}")
+
     def step() -> None:
-        workload.model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         workload.loss(call).backward()
 
-    return step
+    return Route(model, step, recipe in swcompile.RECIPES)
 
 
-def measure(workload: Workload, routes: list[str], rounds: int, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a route: seconds to compile, ms a step, GiB at the peak."""
-    steps: dict[str, Callable[[], None]] = {}
+def with_float8(model: nn.Module, recipe: str) -> nn.Module:
+    """A copy of a model with torchao's float8 in all linear layers but the last, as its guide has it."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    *_, last = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+
+    def is_wanted(module: nn.Module, name: str) -> bool:
+        fits = isinstance(module, nn.Linear) and module.in_features % 16 == module.out_features % 16 == 0
+        return fits and name != last
+
+    config = Float8LinearConfig.from_recipe_name(recipe)
+    return convert_to_float8_training(copy.deepcopy(model), config=config, module_filter_fn=is_wanted)
+
+
+def float32_gradients(workload: Workload) -> dict[str, torch.Tensor]:
+    """Gradients of the same weights and batch in float32, eager."""
+    model = copy.deepcopy(workload.model).float()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        wide = [a.float() if a.is_floating_point() else a for a in args]
+        return model(*wide, **kwargs)
+
+    workload.loss(call).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def cosine(model: nn.Module, reference: dict[str, torch.Tensor]) -> float:
+    """Of the gradients of all parameters together, with those in float32."""
+    dot = own = other = 0.0
+    for name, parameter in model.named_parameters():
+        if name in reference and parameter.grad is not None:
+            grad, wanted = parameter.grad.double(), reference[name].double()
+            dot, own, other = dot + float((grad * wanted).sum()), own + float(grad.square().sum()), other + float(wanted.square().sum())
+    return dot / (own * other) ** 0.5
+
+
+def measure(
+    workload: Workload, names: list[str], rounds: int, options: dict[str, Any], *, gradients: bool
+) -> list[dict[str, Any]]:
+    """One row a route: seconds to compile, ms a step, GiB at the peak; the cosine of its gradients if asked for."""
+    reference = float32_gradients(workload) if gradients else {}
+    routes: dict[str, Route] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for route in routes:
+    for name in names:
         torch._dynamo.reset()
-        is_recipe = route in swcompile.RECIPES
-        call = torch.compile(
-            workload.model,
-            backend="switchback" if is_recipe else "inductor",
-            options={"recipe": route, **options} if is_recipe else None,
-            fullgraph=True,
-        )
-        steps[route] = step_of(workload, call)
-        start = time.perf_counter()
-        steps[route]()
+        try:
+            route = make_route(workload, name, options)
+            start = time.perf_counter()
+            route.step()
+        except Exception as error:  # a peer that does not run here is a row that says so
+            if name not in PEERS:
+                raise
+            print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", flush=True)
+            rows[name] = {"route": f"{name} (does not run: {type(error).__name__})"}
+            continue
+        routes[name] = route
         torch.cuda.synchronize()
-        rows[route] = {"route": route, "compile s": time.perf_counter() - start}
+        rows[name] = {"route": name, "compile s": time.perf_counter() - start}
         for _ in range(2):
-            steps[route]()
+            route.step()
+        if gradients:
+            rows[name]["cosine"] = cosine(route.model, reference)
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        steps[route]()
+        before = torch.cuda.memory_allocated()
+        own = sum(p.nbytes for p in route.model.parameters()) + sum(p.nbytes for p in route.model.parameters() if p.grad is not None)
+        route.step()
         torch.cuda.synchronize()
-        rows[route]["GiB"] = torch.cuda.max_memory_allocated() / 2**30
-        if is_recipe:
-            print(swcompile.reports()[-1].summary(), flush=True)
+        # What other routes keep (their copy of the model, the reference's gradients) does not count.
+        rows[name]["GiB"] = (torch.cuda.max_memory_allocated() - before + own) / 2**30
+        if route.is_ours:
+            print(f"{name}: {swcompile.reports()[-1].summary()}", flush=True)
     times = defaultdict(list)
     for _ in range(rounds):
-        for route, step in steps.items():
+        for name, route in routes.items():
             start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            step()  # the caches and the clock of this route, not of the one before
+            route.step()  # the caches and the clock of this route, not of the one before
             start_event.record()
-            step()
+            route.step()
             end_event.record()
             torch.cuda.synchronize()
-            times[route].append(start_event.elapsed_time(end_event))
-    for route, row in rows.items():
-        row["ms"] = statistics.median(times[route])
-        row["spread ms"] = statistics.quantiles(times[route], n=4)[2] - statistics.quantiles(times[route], n=4)[0]
+            times[name].append(start_event.elapsed_time(end_event))
+    for name, samples in times.items():
+        quartiles = statistics.quantiles(samples, n=4)
+        rows[name] |= {"ms": statistics.median(samples), "spread ms": quartiles[2] - quartiles[0]}
     base = rows.get(BASELINE)
     for row in rows.values():
-        row["speed-up"] = base["ms"] / row["ms"] if base else float("nan")
-        row["memory"] = row["GiB"] / base["GiB"] if base else float("nan")
+        if base and "ms" in row:
+            row |= {"speed-up": base["ms"] / row["ms"], "memory": row["GiB"] / base["GiB"]}
     return list(rows.values())
 
 
@@ -157,29 +246,37 @@ def main() -> None:
     parser.add_argument("workloads", nargs="*", default=["vit_h", "llama"], choices=[*WORKLOADS, []], metavar="WORKLOAD",
                         help=f"what to run: {', '.join(WORKLOADS)} (default: vit_h llama)")  # fmt: skip
     parser.add_argument("--recipes", nargs="+", default=["switchback", "switchback_m"], choices=list(swcompile.RECIPES))
+    parser.add_argument("--peers", action="store_true", help=f"also run {'; '.join(PEERS)}")
+    parser.add_argument("--unfused", action="store_true", help="also run the first recipe without fused quantisation")
+    parser.add_argument("--gradients", action="store_true", help="also compare the gradients with those in float32")
     parser.add_argument("--rounds", type=int, default=10, help="timed steps a route (default: 10)")
     parser.add_argument("--all-eligible", action="store_true", help="rewrite matmuls that int8 makes slower, too")
     parser.add_argument("--breakdown", action="store_true", help="also print GPU time by kernel, a route")
     parser.add_argument("--report", action="store_true", help="also print what was rewritten")
     parser.add_argument("--output", help="also write the tables to this markdown file")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
     options = {"skip_slower": False} if args.all_eligible else {}
-    text = [header("Train step: forward, loss, backward")]
+    names = [BASELINE, *args.recipes]
+    names += [args.recipes[0] + UNFUSED] if args.unfused else []
+    names += PEERS if args.peers else []
+    text = [header("Train step: forward, loss, backward") + (f"\n\ntorchao {version('torchao')}" if args.peers else "")]
+    columns = {"ms": ".1f", "spread ms": ".1f", "speed-up": ".3f", "GiB": ".2f", "memory": ".3f", "compile s": ".0f"}
+    if args.gradients:
+        columns["cosine"] = ".5f"
     for name in args.workloads:
         torch.manual_seed(0)
         workload = WORKLOADS[name]()
-        rows = measure(workload, [BASELINE, *args.recipes], args.rounds, options)
-        columns = {"ms": ".1f", "spread ms": ".1f", "speed-up": ".3f", "GiB": ".2f", "memory": ".3f", "compile s": ".0f"}
+        rows = measure(workload, names, args.rounds, options, gradients=args.gradients)
         text.append(f"## {workload.description}\n\n{markdown_table(rows, {'route': '', **columns})}")
         print(text[-1], flush=True)
         if args.report:
             print(swcompile.reports()[-1])
         if args.breakdown:
-            for route in (BASELINE, *args.recipes):
-                backend = "switchback" if route in swcompile.RECIPES else "inductor"
-                options_of = {"recipe": route, **options} if backend == "switchback" else None
+            for route in names:
                 torch._dynamo.reset()
-                step = step_of(workload, torch.compile(workload.model, backend=backend, options=options_of))
+                step = make_route(workload, route, options).step
                 for _ in range(3):
                     step()
                 print(f"\n{name}, {route}\n{breakdown(step)}", flush=True)
@@ -187,6 +284,14 @@ def main() -> None:
         gc.collect()
         torch.cuda.empty_cache()
     write(text, args.output)
+
+
+def version(package: str) -> str:
+    """Of an installed package, or that there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "is not installed"
 
 
 if __name__ == "__main__":
