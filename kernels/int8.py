@@ -15,7 +15,7 @@ depends on subnormals, which some devices flush: an x below 2^-107 gives 0 eithe
 
 import torch
 
-from swcompile.kernels.formats import INT8
+from swcompile.kernels.formats import INT8, NumberFormat
 from swcompile.kernels.launch import tl, triton
 
 SMALLEST_ABSMAX = 2.0**-100
@@ -46,12 +46,14 @@ def absmax_reference(x: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:
     return x.abs().amax(dim, keepdim=True).float()
 
 
-def scale_and_inverse_reference(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale, inverse) of float32 `absmax`, any shape."""
+def scale_and_inverse_reference(
+    absmax: torch.Tensor, number_format: NumberFormat = INT8
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, inverse) of float32 `absmax`, any shape; another format has its own largest value in the place of 127."""
     finite = absmax.isfinite()
     absmax = absmax.clamp(min=SMALLEST_ABSMAX)
     # A tensor, not a number: CUDA divides by a number by multiplying with its rounded reciprocal.
-    max_value = torch.full_like(absmax, INT8.max_value)
+    max_value = torch.full_like(absmax, number_format.max_value)
     scale = torch.where(finite, absmax / max_value, torch.nan)
     inverse = torch.where(finite, max_value / absmax, 0.0)
     return scale, inverse
@@ -82,12 +84,12 @@ def magnitude_bits(x):
 
 
 @triton.jit
-def scale_and_inverse(absmax_bits):
+def scale_and_inverse(absmax_bits, MAX_VALUE: tl.constexpr = _MAX_VALUE):
     """(scale, inverse) of the maximum of `magnitude_bits`; an inverse of 0 marks a maximum that is not finite."""
     finite = absmax_bits < _INFINITY_BITS
     absmax = tl.where(finite, absmax_bits, 0).to(tl.float32, bitcast=True)
     absmax = tl.maximum(absmax, _SMALLEST_ABSMAX)
-    max_value = tl.full(absmax.shape, _MAX_VALUE, tl.float32)
+    max_value = tl.full(absmax.shape, MAX_VALUE, tl.float32)
     scale = tl.div_rn(absmax, max_value)
     nan = tl.full(absmax.shape, _NAN_BITS, tl.int32).to(tl.float32, bitcast=True)
     inverse = tl.div_rn(max_value, absmax)
@@ -106,7 +108,7 @@ def round_to_int8(x, inverse):
 
 
 @triton.jit
-def store_int8_tile(
+def store_tile(
     x_q, same_ptr, transposed_ptr, rows, columns, num_rows, num_columns, mask, SAME, TRANSPOSED
 ):
     """Store tile `x_q` of a [num_rows, num_columns] matrix into a contiguous copy, a transposed one, or both."""

@@ -65,14 +65,24 @@ def device_facts(device: torch.device) -> DeviceFacts:
 
 
 @cache
-def require_supported_gpu(index: int) -> None:
-    """Raise `RuntimeError` naming the GPU and the way out if the kernels cannot run on it."""
+def require_supported_gpu(index: int, oldest: tuple[int, int] = OLDEST_CAPABILITY) -> None:
+    """Raise `RuntimeError` naming the GPU and the way out if the kernels cannot run on it.
+
+    Args:
+        index: of the CUDA device.
+        oldest: the compute capability from which on they run: int8's, or that of another format.
+    """
     if not HAS_TRITON:
         raise RuntimeError(MISSING_TRITON)
     facts = device_facts(torch.device("cuda", index))
-    if facts.capability < OLDEST_CAPABILITY:
+    if facts.capability < oldest:
         major, minor = facts.capability
+        if oldest == OLDEST_CAPABILITY:
+            what, way_out = "int8 kernels need compute capability 8.0 (Ampere)", "compile the model with the default backend"
+        else:
+            wanted = ".".join(map(str, oldest))
+            what, way_out = f"e4m3 kernels need compute capability {wanted} (Ada)", "use a recipe in int8, such as switchback"
         raise RuntimeError(
-            f"swcompile's int8 kernels need compute capability 8.0 (Ampere) or later; {facts.name} (cuda:{index}) "
-            f"has {major}.{minor}. Run on a newer GPU, or compile the model with the default backend."
+            f"swcompile's {what} or later; {facts.name} (cuda:{index}) has {major}.{minor}. "
+            f"Run on a newer GPU, or {way_out}."
         )

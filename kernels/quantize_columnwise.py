@@ -1,17 +1,24 @@
 # mypy: allow-untyped-defs
-"""Column-wise int8 quantisation with a transpose. Shapes: N rows, K columns, one scale a column."""
+"""Column-wise quantisation with a transpose, to int8 and to e4m3. Shapes: N rows, K columns, one scale a column.
+
+Rows are what a grad_weight matmul sums over; P is their number rounded up to a multiple of 16.
+"""
 
 from typing import NamedTuple
 
 import torch
 
-from swcompile.kernels import int8
+from swcompile.kernels import e4m3, int8
+from swcompile.kernels.e4m3 import round_to_e4m3
+from swcompile.kernels.formats import E4M3, INT8
 from swcompile.kernels.int8 import (
+    absmax_reference,
     check_quantizer_input,
     magnitude_bits,
     round_to_int8,
     scale_and_inverse,
-    store_int8_tile,
+    scale_and_inverse_reference,
+    store_tile,
     with_unit_inner_stride,
 )
 from swcompile.kernels.launch import device_facts, tl, triton
@@ -38,6 +45,41 @@ def quantize_columnwise_transpose(x_NK: torch.Tensor) -> tuple[torch.Tensor, tor
     return QUANTIZE_COLUMNWISE_TRANSPOSE(x_NK)
 
 
+def quantize_columnwise_transpose_e4m3(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_columnwise_transpose` to float8_e4m3fn, whose range leaves small values of a column some bits.
+
+    An operand of an 8-bit grad_weight. One scale a channel over all tokens is enough in this format, where int8 would
+    need one a block of tokens.
+
+    Args:
+        x_NK: [N, K] bfloat16, float16 or float32, any strides.
+
+    Returns:
+        x_q [K, P] float8_e4m3fn, contiguous, with zeros from N to P, as tensor cores want multiples of 16; and scale
+        [K, 1] float32. A column with a NaN or Inf gets scale NaN.
+
+    Raises:
+        ValueError: x is of another dtype, or not a matrix.
+        RuntimeError: on a GPU older than compute capability 8.9.
+    """
+    return QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3(x_NK)
+
+
+def quantize_columnwise_transpose_e4m3_reference(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_columnwise_transpose_e4m3` in plain PyTorch, bit for bit."""
+    check_quantizer_input("quantize_columnwise_transpose_e4m3", x_NK)
+    scale_1K, inverse_1K = scale_and_inverse_reference(absmax_reference(x_NK, (0,)), E4M3)
+    x_q_KN = e4m3.round_reference(x_NK, inverse_1K).t()
+    x_q_KP = x_q_KN.new_zeros((x_q_KN.shape[0], padded(x_NK.shape[0])))
+    x_q_KP[:, : x_NK.shape[0]] = x_q_KN
+    return x_q_KP, scale_1K.t().contiguous()
+
+
+def padded(num_rows: int) -> int:
+    """P: the number of rows, rounded up to a multiple of 16."""
+    return (num_rows + 15) // 16 * 16
+
+
 def quantize_columnwise_transpose_reference(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_columnwise_transpose` in plain PyTorch, bit for bit."""
     return quantize_rowwise_reference(x_NK.t())
@@ -57,16 +99,32 @@ def quantize_columnwise_transpose_triton(x_NK: torch.Tensor) -> tuple[torch.Tens
         return quantize_rowwise_triton(x_NK.t())
     x_NK = with_unit_inner_stride(x_NK)
     x_q_KN = torch.empty((num_columns, num_rows), dtype=torch.int8, device=x_NK.device)
+    return x_q_KN, _quantize(x_NK, x_q_KN)
+
+
+def quantize_columnwise_transpose_e4m3_triton(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_columnwise_transpose_e4m3` by the Triton kernels: what the op does on CUDA."""
+    check_quantizer_input("quantize_columnwise_transpose_e4m3", x_NK)
+    num_rows, num_columns = x_NK.shape
+    x_q_KP = torch.empty((num_columns, padded(num_rows)), dtype=E4M3.dtype, device=x_NK.device)
+    if num_rows == 0:
+        return x_q_KP, scale_and_inverse_reference(x_NK.new_zeros((num_columns, 1), dtype=torch.float32), E4M3)[0]
+    return x_q_KP, _quantize(with_unit_inner_stride(x_NK), x_q_KP)
+
+
+def _quantize(x_NK: torch.Tensor, x_q: torch.Tensor) -> torch.Tensor:
+    """Write the transposed quantised form of x and return its scale [K, 1]."""
+    num_rows, num_columns = x_NK.shape
     scale_K1 = torch.empty((num_columns, 1), dtype=torch.float32, device=x_NK.device)
     if num_columns:
-        partial_PK = torch.empty((MAX_PARTIALS, num_columns), dtype=torch.int32, device=x_NK.device)
+        partial_SK = torch.empty((MAX_PARTIALS, num_columns), dtype=torch.int32, device=x_NK.device)
 
         def run(config: ColumnConfig) -> None:
-            launch(config, x_NK, partial_PK, x_q_KN, scale_K1)
+            launch(config, x_NK, partial_SK, x_q, scale_K1)
 
-        key = (bucket(num_rows), num_columns, x_NK.dtype)
+        key = (bucket(num_rows), num_columns, x_NK.dtype, x_q.dtype)
         run(TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device))
-    return x_q_KN, scale_K1
+    return scale_K1
 
 
 class ColumnConfig(NamedTuple):
@@ -91,11 +149,11 @@ CANDIDATES = [
 def launch(
     config: ColumnConfig,
     x_NK: torch.Tensor,
-    partial_PK: torch.Tensor,
-    x_q_KN: torch.Tensor,
+    partial_SK: torch.Tensor,
+    x_q: torch.Tensor,
     scale_K1: torch.Tensor,
 ) -> None:
-    """Run both kernels in the given configuration."""
+    """Run both kernels in the given configuration; x_q is int8 [K, N] or float8_e4m3fn [K, P]."""
     num_rows, num_columns = x_NK.shape
     num_multiprocessors = device_facts(x_NK.device).num_multiprocessors
     blocks = triton.cdiv(num_columns, _ABSMAX_BLOCK_K)
@@ -103,7 +161,7 @@ def launch(
     num_partials = triton.cdiv(num_rows, rows_each)
     _column_absmax_kernel[(blocks, num_partials)](
         x_NK,
-        partial_PK,
+        partial_SK,
         num_rows,
         num_columns,
         x_NK.stride(0),
@@ -113,20 +171,22 @@ def launch(
         num_warps=4,
     )
     blocks = triton.cdiv(num_columns, config.columns)
-    rows_each = _span(num_rows, config.rows, triton.cdiv(16 * num_multiprocessors, blocks))
-    _quantize_columns_kernel[(blocks, triton.cdiv(num_rows, rows_each))](
+    rows_each = _span(x_q.shape[1], config.rows, triton.cdiv(16 * num_multiprocessors, blocks))
+    _quantize_columns_kernel[(blocks, triton.cdiv(x_q.shape[1], rows_each))](
         x_NK,
-        partial_PK,
-        x_q_KN,
+        partial_SK,
+        x_q,
         scale_K1,
         num_partials,
         num_rows,
+        x_q.shape[1],
         num_columns,
         x_NK.stride(0),
         rows_each,
         BLOCK_N=config.rows,
         BLOCK_K=config.columns,
-        MAX_PARTIALS=partial_PK.shape[0],
+        MAX_PARTIALS=partial_SK.shape[0],
+        E4M3=x_q.dtype != torch.int8,
         num_warps=config.num_warps,
         enable_fp_fusion=False,
     )
@@ -138,6 +198,7 @@ def _span(num_rows: int, tile_rows: int, num_spans: int) -> int:
 
 
 _ABSMAX_BLOCK_N, _ABSMAX_BLOCK_K = 32, 128
+_INT8_MAX_VALUE = tl.constexpr(INT8.max_value)
 
 
 @triton.jit
@@ -172,12 +233,14 @@ def _quantize_columns_kernel(
     scale_ptr,
     num_partials,
     num_rows,
+    num_padded,
     num_columns,
     x_stride,
     rows_each,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     MAX_PARTIALS: tl.constexpr,
+    E4M3: tl.constexpr,
 ):
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
     column_mask = columns < num_columns
@@ -187,18 +250,19 @@ def _quantize_columns_kernel(
         mask=(index < num_partials) & column_mask[None, :],
         other=0,
     )
-    scale, inverse = scale_and_inverse(tl.max(partial, axis=0))
+    scale, inverse = scale_and_inverse(tl.max(partial, axis=0), e4m3.MAX_VALUE if E4M3 else _INT8_MAX_VALUE)
     tl.store(scale_ptr + columns, scale, mask=column_mask)  # every span writes the same bits
     first = tl.program_id(1) * rows_each
-    for start in range(first, tl.minimum(first + rows_each, num_rows), BLOCK_N):
+    for start in range(first, tl.minimum(first + rows_each, num_padded), BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
         mask = (rows < num_rows)[:, None] & column_mask[None, :]
-        x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
-        x_q = round_to_int8(x, inverse[None, :])
-        store_int8_tile(x_q, None, x_q_ptr, rows, columns, num_rows, num_columns, mask, False, True)
+        x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask, other=0.0)
+        x_q = round_to_e4m3(x, inverse[None, :]) if E4M3 else round_to_int8(x, inverse[None, :])
+        stored = (rows < num_padded)[:, None] & column_mask[None, :]
+        store_tile(x_q, None, x_q_ptr, rows, columns, num_padded, num_columns, stored, False, True)
 
 
-TUNER: Tuner[ColumnConfig] = Tuner("quantize_columnwise_transpose", [__file__, int8.__file__])
+TUNER: Tuner[ColumnConfig] = Tuner("quantize_columnwise_transpose", [__file__, int8.__file__, e4m3.__file__])
 
 
 def _fake(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,4 +279,22 @@ QUANTIZE_COLUMNWISE_TRANSPOSE = define_op(
     reference=quantize_columnwise_transpose_reference,
     cuda=quantize_columnwise_transpose_triton,
     fake=_fake,
+)
+
+
+def _fake_e4m3(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    check_quantizer_input("quantize_columnwise_transpose_e4m3", x_NK)
+    num_rows, num_columns = x_NK.shape
+    return (
+        x_NK.new_empty((num_columns, padded(num_rows)), dtype=E4M3.dtype),
+        x_NK.new_empty((num_columns, 1), dtype=torch.float32),
+    )
+
+
+QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3 = define_op(
+    "quantize_columnwise_transpose_e4m3(Tensor x) -> (Tensor, Tensor)",
+    reference=quantize_columnwise_transpose_e4m3_reference,
+    cuda=quantize_columnwise_transpose_e4m3_triton,
+    fake=_fake_e4m3,
+    oldest_capability=e4m3.OLDEST_CAPABILITY,
 )

@@ -17,7 +17,7 @@ from swcompile.kernels.int8 import (
     round_to_int8,
     scale_and_inverse,
     scale_and_inverse_reference,
-    store_int8_tile,
+    store_tile,
     with_unit_inner_stride,
 )
 from swcompile.kernels.launch import device_facts, tl, triton
@@ -260,13 +260,13 @@ def _quantize_tiles_kernel(
     if not LOADS_EARLY:
         x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
     x_q = round_to_int8(x, inverse)
-    store_int8_tile(x_q, same_ptr, transposed_ptr, rows, columns, num_rows, num_columns, mask, SAME, TRANSPOSED)
+    store_tile(x_q, same_ptr, transposed_ptr, rows, columns, num_rows, num_columns, mask, SAME, TRANSPOSED)
     num_tiles = tl.cdiv(num_rows, BLOCK_R) * tiles_per_row
     for tile in tl.range(first + tl.num_programs(0), num_tiles, tl.num_programs(0)):
         rows, columns, mask = _tile(tile, tiles_per_row, num_rows, num_columns, BLOCK_R, BLOCK_C)
         x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
         x_q = round_to_int8(x, inverse)
-        store_int8_tile(
+        store_tile(
             x_q, same_ptr, transposed_ptr, rows, columns, num_rows, num_columns, mask, SAME, TRANSPOSED
         )
 

@@ -1,7 +1,8 @@
 # mypy: allow-untyped-defs
-"""Two Triton kernels of `scaled_mm`, and which configurations of all three there are.
+"""Two Triton kernels of `scaled_mm` and `scaled_mm_e4m3`, and which configurations of all kernels there are.
 
-What the op means, checks and promises stands in `scaled_mm.py`; the third kernel in `scaled_mm_wgmma.py`.
+What the ops mean, check and promise stands in `scaled_mm.py` and `scaled_mm_e4m3.py`; the third kernel, of int8 alone,
+in `scaled_mm_wgmma.py`.
 Shapes: M rows of A, N rows of B, K the summed dimension.
 """
 
@@ -69,11 +70,11 @@ POINTER_CANDIDATES = [
 
 
 @cache
-def candidates(device: torch.device, tma_fits: bool) -> list[MatmulConfig]:
-    """What to choose among on a device; `tma_fits` is the answer of `fits_tma` for the operands."""
+def candidates(device: torch.device, tma_fits: bool, dtype: torch.dtype = torch.int8) -> list[MatmulConfig]:
+    """What to choose among on a device; `tma_fits` is the answer of `fits_tma` for the operands, of `dtype`."""
     if not tma_fits:
         return POINTER_CANDIDATES
-    return HOPPER_CANDIDATES if has_wgmma(device) else TMA_CANDIDATES
+    return HOPPER_CANDIDATES if dtype == torch.int8 and has_wgmma(device) else TMA_CANDIDATES
 
 
 def has_wgmma(device: torch.device) -> bool:
@@ -146,6 +147,7 @@ def launch(
         GROUP_M=config.group_m,
         HAS_BIAS=bias_N is not None,
         SCALE_PER_COLUMN=scale_b.numel() > 1,
+        E4M3=a_q_MK.dtype != torch.int8,
         **schedule,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -187,6 +189,16 @@ def _scale(
     return out
 
 
+@triton.jit
+def _multiply(a, b, acc, E4M3: tl.constexpr):
+    """``acc + a @ b``, exact in int32; of e4m3, whose products Hopper adds in 14 bits, each step's sum in float32."""
+    if E4M3:
+        acc = tl.dot(a, b, acc, max_num_imprecise_acc=a.shape[1], out_dtype=tl.float32)
+    else:
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+    return acc
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _tma_kernel(
     a_desc,
@@ -204,15 +216,16 @@ def _tma_kernel(
     GROUP_M: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SCALE_PER_COLUMN: tl.constexpr,
+    E4M3: tl.constexpr,
     NUM_STORES: tl.constexpr,
 ):
     num_tiles = tl.cdiv(num_rows, BLOCK_M) * tl.cdiv(num_columns, BLOCK_N)
     # Flattened with the loop over K, so that a tile's first operands are fetched while the last one is stored.
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
         row, column = _tile_start(tile, num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP_M)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if E4M3 else tl.int32)
         for k in range(0, num_summed, BLOCK_K):
-            acc = tl.dot(a_desc.load([row, k]), b_desc.load([column, k]).T, acc, out_dtype=tl.int32)
+            acc = _multiply(a_desc.load([row, k]), b_desc.load([column, k]).T, acc, E4M3)
         rows = row + tl.arange(0, BLOCK_M)
         scale_a = tl.load(scale_a_ptr + rows, mask=rows < num_rows, other=0.0)
         WIDTH: tl.constexpr = BLOCK_N // NUM_STORES
@@ -258,6 +271,7 @@ def _pointer_kernel(
     GROUP_M: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SCALE_PER_COLUMN: tl.constexpr,
+    E4M3: tl.constexpr,
 ):
     row, column = _tile_start(tl.program_id(0), num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP_M)
     rows = row + tl.arange(0, BLOCK_M)
@@ -266,12 +280,12 @@ def _pointer_kernel(
     # Rows and columns beyond the last wrap around: what they compute is not stored.
     a_ptrs = a_ptr + (rows % num_rows).to(tl.int64)[:, None] * num_summed + summed[None, :]
     b_ptrs = b_ptr + (columns % num_columns).to(tl.int64)[None, :] * num_summed + summed[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if E4M3 else tl.int32)
     for k in range(0, num_summed, BLOCK_K):
         mask = summed < num_summed - k
-        a = tl.load(a_ptrs, mask=mask[None, :], other=0)
-        b = tl.load(b_ptrs, mask=mask[:, None], other=0)
-        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+        a = tl.load(a_ptrs, mask=mask[None, :], other=0.0 if E4M3 else 0)
+        b = tl.load(b_ptrs, mask=mask[:, None], other=0.0 if E4M3 else 0)
+        acc = _multiply(a, b, acc, E4M3)
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K
     scale_a = tl.load(scale_a_ptr + rows, mask=rows < num_rows, other=0.0)

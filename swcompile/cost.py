@@ -1,4 +1,4 @@
-"""Predicts whether a matmul is faster in int8, from its work and the device's measured rates."""
+"""Predicts whether a matmul is faster in 8 bit, from its work and the device's measured rates."""
 
 import dataclasses
 import math
@@ -16,14 +16,23 @@ from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from swcompile.graph import Matmul, hint
+from swcompile.kernels import e4m3
+from swcompile.kernels.formats import INT8
+from swcompile.kernels.launch import device_facts
 from swcompile.kernels.library import Work
 from swcompile.kernels.measurements import MeasurementFile
+from swcompile.kernels.quantize_columnwise import (
+    QUANTIZE_COLUMNWISE_TRANSPOSE,
+    QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3,
+    quantize_columnwise_transpose_work,
+)
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE, quantize_rowwise_work
 from swcompile.kernels.quantize_tensorwise import quantize_tensorwise_work
 from swcompile.kernels.scaled_mm import SCALED_MM, scaled_mm_work
+from swcompile.kernels.scaled_mm_e4m3 import SCALED_MM_E4M3
 from swcompile.kernels.tuning import bucket
 from swcompile.pipeline import source_fingerprint
-from swcompile.recipe import GemmFormat, Scaling
+from swcompile.recipe import GemmFormat, Role, Scaling
 from swcompile.values import unrounded
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -39,6 +48,10 @@ class DeviceRates:
     """Rate of a large `scaled_mm`, OP/s."""
     quantize: float
     """Rate of a large `quantize_rowwise`, bytes read and written a second."""
+    e4m3_matmul: float
+    """Rate of a large `scaled_mm_e4m3`, FLOP/s; 0 where the device has none."""
+    quantize_columns: float
+    """Rate of a large `quantize_columnwise_transpose`, bytes a second, as its work counts them."""
     kernel: float
     """Seconds that the smallest kernel takes on the device."""
     matmul_call: float
@@ -59,18 +72,18 @@ class Candidate(NamedTuple):
 
 
 class _Times(NamedTuple):
-    """Seconds that a matmul takes, as it is and in int8 with its quantisation."""
+    """Seconds that a matmul takes, as it is and in 8 bit with its quantisation."""
 
     original: float
-    int8: float
+    quantized: float
     original_host: float
-    int8_host: float
+    quantized_host: float
 
 
 def predict_speedups(
     candidates: Sequence[Candidate], others: Sequence[Matmul] = (), *, rates: DeviceRates | None = None
 ) -> list[float]:
-    """Predicted time of each original matmul over that of int8 with its quantisation.
+    """Predicted time of each original matmul over that in 8 bit with its quantisation.
 
     Device time decides as long as the device is the bottleneck. Where the host would take longer to launch the
     matmuls of this graph than the device to run them (and no CUDA graph launches them), the longer of both counts.
@@ -82,11 +95,11 @@ def predict_speedups(
     """
     times = [_times(candidate, rates) for candidate in candidates]
     rest = [_original(matmul, rates) for matmul in others]
-    device = sum(t.int8 for t in times) + sum(seconds for seconds, _ in rest)
-    host = sum(t.int8_host for t in times) + sum(seconds for _, seconds in rest)
+    device = sum(t.quantized for t in times) + sum(seconds for seconds, _ in rest)
+    host = sum(t.quantized_host for t in times) + sum(seconds for _, seconds in rest)
     if host <= device or inductor_config.triton.cudagraphs:
-        return [t.original / t.int8 for t in times]
-    return [max(t.original, t.original_host) / max(t.int8, t.int8_host) for t in times]
+        return [t.original / t.quantized for t in times]
+    return [max(t.original, t.original_host) / max(t.quantized, t.quantized_host) for t in times]
 
 
 def _original(matmul: Matmul, rates: DeviceRates | None) -> tuple[float, float]:
@@ -113,23 +126,31 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
 
     original, original_host = _original(matmul, rates)
     multiply = scaled_mm_work(m, n, k, itemsize)
+    # An operand with one scale, or with scales for what is not summed over, is read twice: its absmax is a kernel itself.
+    activation_kernels, weight_kernels = 1, 2 if gemm.weight is Scaling.TENSOR else 1
+    if matmul.role is Role.GRAD_WEIGHT:
+        activation_kernels = weight_kernels = 2
+        work_other, work_weight = (
+            quantize_columnwise_transpose_work(k, rows, itemsize).bytes for rows in (other_rows, weight_rows)
+        )
+        quantize_other, quantize_weight = work_other / rates.quantize_columns, work_weight / rates.quantize_columns
+    else:
+        quantize = quantize_tensorwise_work if gemm.weight is Scaling.TENSOR else quantize_rowwise_work
+        quantize_other = quantize_rowwise_work(other_rows, k, itemsize).bytes / rates.quantize
+        quantize_weight = quantize(weight_rows, k, weight_itemsize).bytes / rates.quantize
     if is_fused:
         quantize_other, activation_kernels = other_rows * (k + 4) / rates.quantize, 0
-    else:
-        quantize_other = quantize_rowwise_work(other_rows, k, itemsize).bytes / rates.quantize + rates.kernel
-        activation_kernels = 1
-    # An operand with one scale is read twice, and its absmax is a kernel of its own.
-    weight_kernels = 2 if gemm.weight is Scaling.TENSOR else 1
-    quantize = quantize_tensorwise_work if gemm.weight is Scaling.TENSOR else quantize_rowwise_work
-    quantize_weight = quantize(weight_rows, k, weight_itemsize).bytes / rates.quantize + weight_kernels * rates.kernel
+    quantize_other += activation_kernels * rates.kernel
+    quantize_weight += weight_kernels * rates.kernel
+    rate = rates.int8_matmul if gemm.number_format is INT8 else rates.e4m3_matmul
     return _Times(
         original=original,
-        int8=max(multiply.flops / rates.int8_matmul, multiply.bytes / rates.quantize)
+        quantized=max(multiply.flops / rate, multiply.bytes / rates.quantize)
         + rates.kernel
         + quantize_other / sharers
         + quantize_weight,
         original_host=original_host,
-        int8_host=(1 + activation_kernels / sharers + weight_kernels) * rates.quantize_call,
+        quantized_host=(1 + activation_kernels / sharers + weight_kernels) * rates.quantize_call,
     )
 
 
@@ -219,7 +240,7 @@ def _rates_from(stored: Any) -> DeviceRates | None:
     return DeviceRates(**stored)
 
 
-_NOT_ZERO = ("matmul", "int8_matmul", "quantize", "kernel")
+_NOT_ZERO = ("matmul", "int8_matmul", "quantize", "quantize_columns", "kernel")
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> DeviceRates:
@@ -241,15 +262,26 @@ def _measure_current(device: torch.device, dtype: torch.dtype) -> DeviceRates:
         q, scale = QUANTIZE_ROWWISE(x)
         weight_q, weight_scale = QUANTIZE_ROWWISE(weight)
         small, small_weight = x[:16, :16].contiguous(), weight[:16, :16].contiguous()
+        has_e4m3 = not on_gpu or device_facts(device).capability >= e4m3.OLDEST_CAPABILITY
+        e4m3_seconds = _e4m3_seconds(x, seconds) if has_e4m3 else math.inf
         flops = 2 * rows * size * size
         return DeviceRates(
             matmul=flops / seconds(lambda: x @ weight),
             int8_matmul=flops / seconds(lambda: SCALED_MM(q, weight_q, scale, weight_scale, None, dtype)),
             quantize=quantize_rowwise_work(rows, size, dtype.itemsize).bytes / seconds(lambda: QUANTIZE_ROWWISE(x)),
+            e4m3_matmul=2 * rows * size * size / e4m3_seconds,
+            quantize_columns=quantize_columnwise_transpose_work(rows, size, dtype.itemsize).bytes
+            / seconds(lambda: QUANTIZE_COLUMNWISE_TRANSPOSE(x)),
             kernel=seconds(lambda: QUANTIZE_ROWWISE(small)),
             matmul_call=_host_seconds(lambda: small @ small_weight) if on_gpu else 0.0,
             quantize_call=_host_seconds(lambda: QUANTIZE_ROWWISE(small)) if on_gpu else 0.0,
         )
+
+
+def _e4m3_seconds(x: torch.Tensor, seconds: Callable[[Callable[[], object]], float]) -> float:
+    """Of a matmul of [tokens, width] operands that sums over the tokens."""
+    q, scale = QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3(x)
+    return seconds(lambda: SCALED_MM_E4M3(q, q, scale, scale, x.dtype))
 
 
 def _cpu_seconds(run: Callable[[], object]) -> float:

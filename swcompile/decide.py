@@ -8,6 +8,7 @@ from torch import fx
 
 from swcompile import graph as facts
 from swcompile.graph import Matmul
+from swcompile.kernels.formats import INT8
 from swcompile.kernels.scaled_mm import MAX_K, OUTPUT_DTYPES
 from swcompile.recipe import GemmFormat, Recipe, Role, Scaling
 from swcompile.report import Decision
@@ -37,8 +38,9 @@ def decide(
         rewritten=False,
         reason="",
     )
-    if matmul.is_int8:
-        return dataclasses.replace(kept, rewritten=True, reason="int8 already")
+    if matmul.number_format:
+        name = matmul.number_format.name
+        return dataclasses.replace(kept, rewritten=True, number_format=name, reason=f"{name} already")
     if matmul.role is Role.OTHER or matmul.parameter is None:
         reason, violation = _no_weight(matmul, recipe, alone)
         return dataclasses.replace(kept, reason=reason, violation=violation)
@@ -56,18 +58,19 @@ def decide(
         return dataclasses.replace(kept, reason="last matmul before the output; include='*' asks for it")
     if value.dim() == 3 and facts.sizes(matmul.node)[0] == 0:
         return dataclasses.replace(kept, reason="an empty batch: nothing to multiply")
-    impossible = _impossible(matmul)
+    impossible = _impossible(matmul, gemm)
     if impossible:
         return dataclasses.replace(kept, reason=impossible, violation=True)
-    return dataclasses.replace(kept, rewritten=True, reason=_describe(gemm))
+    return dataclasses.replace(kept, rewritten=True, number_format=gemm.number_format.name, reason=_describe(gemm))
 
 
 def weigh(decision: Decision, speedup: float, *, asked: bool) -> Decision:
-    """Take a decision back where int8 would be slower."""
+    """Take a decision back where 8 bit would be slower."""
     if speedup >= 1:
         return dataclasses.replace(decision, speedup=speedup)
-    reason = f"int8 would be slower: predicted {speedup:.2f} times as fast"
-    return dataclasses.replace(decision, rewritten=False, reason=reason, speedup=speedup, violation=asked)
+    reason = f"{decision.number_format} would be slower: predicted {speedup:.2f} times as fast"
+    kept = dataclasses.replace(decision, rewritten=False, number_format=None, reason=reason)
+    return dataclasses.replace(kept, speedup=speedup, violation=asked)
 
 
 def _no_weight(matmul: Matmul, recipe: Recipe, alone: Mapping[fx.Node, frozenset[str]]) -> tuple[str, bool]:
@@ -93,23 +96,24 @@ def _no_weight(matmul: Matmul, recipe: Recipe, alone: Mapping[fx.Node, frozenset
 _MOST_NAMES = 4
 
 
-def _impossible(matmul: Matmul) -> str:
-    """Why no int8 kernel computes this matmul, or an empty string."""
+def _impossible(matmul: Matmul, gemm: GemmFormat) -> str:
+    """Why no 8-bit kernel computes this matmul, or an empty string."""
+    name = gemm.number_format.name
     value = matmul.node.meta["val"]
     if value.dtype not in OUTPUT_DTYPES:
-        return f"{value.dtype} has no int8 form; bfloat16, float16 and float32 have"
+        return f"{value.dtype} has no {name} form; bfloat16, float16 and float32 have"
     if value.device.type not in ("cpu", "cuda"):
-        return f"no int8 kernel for device {value.device.type}"
+        return f"no {name} kernel for device {value.device.type}"
     if matmul.node.target in (aten.mv.default, aten.addmv.default):
         return "a matrix-vector product: bound by reading the weight once"
-    if matmul.shape[2] > MAX_K:
+    if gemm.number_format is INT8 and matmul.shape[2] > MAX_K:
         return f"sums over {matmul.shape[2]} > {MAX_K} products, which may overflow int32"
     if value.dim() == 3 and facts.sizes(matmul.node)[0] != 1:
         batch = facts.sizes(matmul.node)[0]
         if matmul.role is Role.GRAD_WEIGHT:
-            return f"a batch of {batch} products: the int8 kernel computes one"
+            return f"a batch of {batch} products: the {name} kernel computes one"
         if not _is_one_matrix(matmul.lhs if matmul.weight_on_left else matmul.rhs):
-            return f"a batch of {batch} weights: the int8 kernel multiplies one"
+            return f"a batch of {batch} weights: the {name} kernel multiplies one"
     return ""
 
 
@@ -123,4 +127,4 @@ def _is_one_matrix(batch: fx.Node) -> bool:
 
 def _describe(gemm: GemmFormat) -> str:
     kinds = {Scaling.VECTOR: "row", Scaling.TENSOR: "tensor"}
-    return f"int8, scales by {kinds[gemm.other]} x {kinds[gemm.weight]}"
+    return f"{gemm.number_format.name}, scales by {kinds[gemm.other]} x {kinds[gemm.weight]}"

@@ -12,7 +12,9 @@ import torch
 from torch import fx
 from torch._functorch._aot_autograd import descriptors
 
+from swcompile.kernels.formats import E4M3, INT8, NumberFormat
 from swcompile.kernels.scaled_mm import SCALED_MM
+from swcompile.kernels.scaled_mm_e4m3 import SCALED_MM_E4M3
 from swcompile.recipe import Role
 from swcompile.values import CASTS, VIEWS, derivation, parameter_root, parameters_alone
 
@@ -37,6 +39,7 @@ MATMULS = {
     aten.mv.default,
     aten.addmv.default,
     SCALED_MM,
+    SCALED_MM_E4M3,
 }
 _BIASED = {aten.addmm.default, aten.baddbmm.default, aten.addmv.default}
 
@@ -65,16 +68,16 @@ class Matmul:
         return operands(self.node)[1]
 
     @property
-    def is_int8(self) -> bool:
-        """It is rewritten already; its right operand then lies [N, K]."""
-        return self.node.target == SCALED_MM
+    def number_format(self) -> NumberFormat | None:
+        """The 8-bit format that it runs in, if it is rewritten already; its right operand then lies [N, K]."""
+        return {SCALED_MM: INT8, SCALED_MM_E4M3: E4M3}.get(self.node.target)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(M, N, K) of the product with its batch folded into M, symbolic sizes by their hints."""
         *batch, m, k = sizes(self.lhs)
         _, *columns = sizes(self.rhs)[-2:]
-        n = sizes(self.rhs)[0] if self.is_int8 else (columns or [1])[0]
+        n = sizes(self.rhs)[0] if self.number_format else (columns or [1])[0]
         for size in batch:
             m *= size
         return m, n, k

@@ -222,6 +222,7 @@ _SHORT_DTYPES = {
     torch.int64: "i64",
     torch.int32: "i32",
     torch.int8: "i8",
+    torch.float8_e4m3fn: "e4m3",
     torch.bool: "b8",
 }
 

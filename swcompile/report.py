@@ -24,11 +24,13 @@ class Decision:
     dtype: str
     """dtype of the result."""
     rewritten: bool
-    """The matmul runs in int8; the stabiliser is inserted."""
+    """The matmul runs in 8 bit; the stabiliser is inserted."""
+    number_format: str | None = None
+    """Name of the 8-bit format that a rewritten matmul runs in."""
     reason: str
     """Why it was rewritten or not, with the number that decided."""
     speedup: float | None = None
-    """Predicted time of the original over that of int8 with its quantisation; None where nobody asked."""
+    """Predicted time of the original over that in 8 bit with its quantisation; None where nobody asked."""
     violation: bool = False
     """It was asked for and is not rewritten: `strict` raises."""
 
@@ -71,11 +73,11 @@ class Report:
         self._decisions = [*(self._decisions or ()), *decisions]
 
     def num_rewritten(self, role: Role | Stabilizer | None = None) -> int:
-        """How many matmuls run in int8, of one role or of all."""
+        """How many matmuls run in 8 bit, of one role or of all."""
         return sum(d.rewritten for d in self.decisions if role in (None, d.role))
 
     def summary(self) -> str:
-        """One line: how many matmuls of each role run in int8."""
+        """One line: how many matmuls of each role run in int8, or in which other format."""
         if not self.decisions:
             return f"{self.recipe}: no matmul in this graph"
         counts = []
@@ -83,7 +85,8 @@ class Report:
         for role in (Role.OUTPUT, Role.GRAD_INPUT, Role.GRAD_WEIGHT):
             of_role = [d for d in self.decisions if d.role is role]
             if of_role:
-                counts.append(f"{self.num_rewritten(role)} of {len(of_role)} {role.value}")
+                formats = sorted({d.number_format for d in of_role if d.number_format} - {"int8"})
+                counts.append(f"{self.num_rewritten(role)} of {len(of_role)} {role.value}" + "".join(f" ({f})" for f in formats))
         others = sum(d.role is Role.OTHER for d in self.decisions)
         if others:
             counts.append(f"{others} other left alone")
@@ -141,7 +144,7 @@ def _row(group: Sequence[Decision]) -> tuple[str, ...]:
         first.role.value,
         str(len(group)),
         " x ".join(str(size) for size in first.shape),
-        ("int8" if first.rewritten else first.dtype) if isinstance(first.role, Role) else "",
+        (first.number_format or first.dtype) if isinstance(first.role, Role) else "",
         "" if first.speedup is None else f"{first.speedup:.2f}",
         first.reason if first.parameter else _folded_name([d.reason for d in group]),
     )

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from swcompile.kernels.quantize_columnwise import QUANTIZE_COLUMNWISE_TRANSPOSE
+from swcompile.kernels.quantize_columnwise import (
+    QUANTIZE_COLUMNWISE_TRANSPOSE,
+    QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3,
+)
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
 from swcompile.kernels.quantize_tensorwise import QUANTIZE_TENSORWISE, QUANTIZE_TENSORWISE_TRANSPOSE
 from swcompile.kernels.scaled_mm import OUTPUT_DTYPES
@@ -40,6 +43,7 @@ VIEWS = ALIASES | RESHAPES | _SPLITS | {aten.clone.default}
 CASTS = {prims.convert_element_type.default, aten._to_copy.default}
 QUANTIZERS = {
     QUANTIZE_COLUMNWISE_TRANSPOSE,
+    QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3,
     QUANTIZE_ROWWISE,
     QUANTIZE_TENSORWISE,
     QUANTIZE_TENSORWISE_TRANSPOSE,

@@ -6,6 +6,7 @@ import torch
 
 import swcompile
 from swcompile import GemmFormat, Scaling
+from swcompile.kernels.formats import E4M3
 
 
 def fake_quantize(x: torch.Tensor, scaling: Scaling) -> torch.Tensor:
@@ -15,10 +16,19 @@ def fake_quantize(x: torch.Tensor, scaling: Scaling) -> torch.Tensor:
     return (x * (torch.tensor(127.0) / absmax)).round().double() * (absmax / torch.tensor(127.0)).double()
 
 
+def fake_quantize_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """float64 values of x [outer, contracted] after rounding to float8_e4m3fn with a scale a row."""
+    x = x.float()
+    absmax = x.abs().amax(1, keepdim=True)
+    return (x * (torch.tensor(448.0) / absmax)).to(torch.float8_e4m3fn).double() * (absmax / torch.tensor(448.0)).double()
+
+
 def gemm(a: torch.Tensor, b: torch.Tensor, gemm_format: GemmFormat | None) -> torch.Tensor:
     """``a @ b.T`` of [outer, contracted] operands, b the weight, in float64."""
     if gemm_format is None:
         return a.double() @ b.double().T
+    if gemm_format.number_format is E4M3:
+        return fake_quantize_e4m3(a) @ fake_quantize_e4m3(b).T
     return fake_quantize(a, gemm_format.other) @ fake_quantize(b, gemm_format.weight).T
 
 

@@ -13,12 +13,15 @@ import torch
 from torch import nn
 
 import swcompile
-from swcompile import cost
+from swcompile import Role, cost
 from swcompile.cost import DeviceRates, device_rates, rates_fingerprint
 from swcompile.kernels import measurements
 
 CPU = torch.device("cpu")
-RATES = DeviceRates(matmul=1e12, int8_matmul=2e12, quantize=1e12, kernel=1e-6, matmul_call=1e-6, quantize_call=2e-6)
+RATES = DeviceRates(
+    matmul=1e12, int8_matmul=2e12, e4m3_matmul=1.5e12, quantize=1e12, quantize_columns=5e11, kernel=1e-6,
+    matmul_call=1e-6, quantize_call=2e-6,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -156,3 +159,16 @@ def test_an_activation_that_its_own_kernel_quantises_costs_the_bytes_of_int8(mon
     weight = 256 * 512 * (2 * 4 + 1) / RATES.quantize + 4 / RATES.quantize + 2 * RATES.kernel
     expected = seconds / (multiply + 1024 * (512 + 4) / RATES.quantize + weight)
     assert speedups[True]["2.weight", "output"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_sum_over_tokens_has_its_own_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "device_rates", lambda device, dtype: RATES)
+    layer, x = nn.Linear(256, 512), torch.randn(1024, 256)
+    seconds = 2 * 1024 * 512 * 256 / RATES.matmul + RATES.kernel
+    quantize = (1024 * (256 + 512) * (2 * 4 + 1) + 4 * (256 + 512)) / RATES.quantize_columns + 4 * RATES.kernel
+    for recipe, rate in (("switchback_full", RATES.e4m3_matmul), ("llm_int8", RATES.int8_matmul)):
+        (decision,) = (
+            d for d in swcompile.explain(layer, x, include="*", recipe=recipe).decisions if d.role is Role.GRAD_WEIGHT
+        )
+        expected = seconds / (2 * 1024 * 512 * 256 / rate + RATES.kernel + quantize)
+        assert decision.speedup == pytest.approx(expected, rel=1e-6)

@@ -38,8 +38,8 @@ def test_every_linear_layer_is_rewritten(name: str) -> None:
     after = matmuls(joint.graph)
     num_grad_inputs = case.num_linears - case.num_without_grad_input
     expected = {Role.OUTPUT: case.num_linears, Role.GRAD_INPUT: num_grad_inputs, Role.GRAD_WEIGHT: 0, Role.OTHER: 0}
-    assert {role: sum(m.role is role and m.is_int8 for m in after) for role in Role} == expected
-    plain = {role: sum(m.role is role and not m.is_int8 for m in after) for role in Role}
+    assert {role: sum(m.role is role and m.number_format is not None for m in after) for role in Role} == expected
+    plain = {role: sum(m.role is role and not m.number_format for m in after) for role in Role}
     assert plain[Role.OUTPUT] == plain[Role.GRAD_INPUT] == case.num_heads
     assert plain[Role.GRAD_WEIGHT] == case.num_linears + case.num_heads
     assert plain[Role.OTHER] == case.num_other + num_outer

@@ -275,7 +275,7 @@ def test_switchback_still_rewrites_every_linear_layer(name: str) -> None:
             prepare(model, inputs(), **both(name, init=0.1))
         joint = swcompile.capture(model, kwargs=inputs())
         joint.run_passes(swcompile.joint_passes(swcompile.make_recipe({"skip_slower": False})))
-        counts.append([sum(m.role is role and m.is_int8 for m in matmuls(joint.graph)) for role in Role])
+        counts.append([sum(m.role is role and m.number_format is not None for m in matmuls(joint.graph)) for role in Role])
     assert counts[0] == counts[1] and counts[1][0] > 0
     if name == "pre-norm encoder layer":
         compiled = torch.compile(model.eval(), backend="switchback", fullgraph=True, options={"skip_slower": False})

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from swcompile import RECIPES, GemmFormat, Recipe, Role, Scaling, make_recipe
+from swcompile.kernels.formats import E4M3, E5M2
 
 TENSOR, VECTOR = GemmFormat(weight=Scaling.TENSOR), GemmFormat(weight=Scaling.VECTOR)
+CHANNELS = GemmFormat(weight=Scaling.VECTOR, number_format=E4M3)
 
 
 @pytest.mark.parametrize(
@@ -17,6 +19,7 @@ TENSOR, VECTOR = GemmFormat(weight=Scaling.TENSOR), GemmFormat(weight=Scaling.VE
         ("switchback", TENSOR, TENSOR, None, False),
         ("switchback_m", TENSOR, TENSOR, None, True),
         ("switchback_q", VECTOR, VECTOR, None, False),
+        ("switchback_full", TENSOR, TENSOR, CHANNELS, False),
         ("llm_int8", VECTOR, VECTOR, VECTOR, False),
     ],
 )
@@ -36,7 +39,7 @@ def test_named_recipes(
 
 
 def test_there_is_no_recipe_beside_those() -> None:
-    assert list(RECIPES) == ["switchback", "switchback_m", "switchback_q", "llm_int8"]
+    assert list(RECIPES) == ["switchback", "switchback_m", "switchback_q", "switchback_full", "llm_int8"]
     assert make_recipe({}) == RECIPES["switchback"]()
 
 
@@ -166,3 +169,20 @@ def test_unmatched_patterns_come_with_the_closest_name() -> None:
     assert recipe.unmatched_patterns(iter(names)) == {"haed.*": "head.weight", "blcoks.0.fc": "blocks.0.fc"}
     assert make_recipe({"include": "a"}).unmatched_patterns([]) == {"a": ""}
     assert make_recipe({}).unmatched_patterns(names) == {}
+
+
+def test_formats_that_no_kernel_has() -> None:
+    with pytest.raises(ValueError, match="must be INT8 or E4M3"):
+        GemmFormat(weight=Scaling.VECTOR, number_format=E5M2)
+    with pytest.raises(ValueError, match="e4m3 takes a scale for each channel"):
+        GemmFormat(weight=Scaling.TENSOR, number_format=E4M3)
+    for role in ("output", "grad_input"):
+        with pytest.raises(ValueError, match=f"{role} is in e4m3, but only grad_weight can be"):
+            Recipe(name="mine", **{role: CHANNELS})
+
+
+@pytest.mark.parametrize("value", ["yes", 1])
+def test_fuse_is_true_false_or_none(value: Any) -> None:
+    with pytest.raises(ValueError, match="option 'fuse' is .*; it takes True or False"):
+        make_recipe({"fuse": value})
+    assert [make_recipe({"fuse": fuse}).fuse for fuse in (True, False, None)] == [True, False, None]

@@ -1,5 +1,6 @@
 """The report: one line for each kind of matmul, plain data, and decisions found when they are asked for."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,8 @@ from swcompile import Decision, Report, Role
 
 def decision(parameter: str | None = "fc.weight", role: Role = Role.OUTPUT, **changes: Any) -> Decision:
     values = {"node": "mm", "shape": (8, 64, 32), "dtype": "bfloat16", "rewritten": True, "reason": "int8"}
-    return Decision(parameter=parameter, role=role, **(values | changes))
+    values |= changes
+    return Decision(parameter=parameter, role=role, number_format="int8" if values["rewritten"] else None, **values)
 
 
 def rows(decisions: Sequence[Decision]) -> list[tuple[str, str]]:
@@ -111,9 +113,9 @@ def test_as_dict_is_plain_data() -> None:
         "summary": "switchback_q: int8 in 1 of 1 output, 1 other left alone",
         "matmuls": [
             {"node": "mm", "role": "output", "parameter": "fc.weight", "rewritten": True, "reason": "int8"}
-            | {"shape": [8, 64, 32], "dtype": "bfloat16", "speedup": 1.5, "violation": False},
+            | {"shape": [8, 64, 32], "dtype": "bfloat16", "speedup": 1.5, "violation": False, "number_format": "int8"},
             {"node": "mm", "role": "other", "parameter": None, "rewritten": False, "reason": "int8"}
-            | {"shape": [8, 64, 32], "dtype": "bfloat16", "speedup": None, "violation": True},
+            | {"shape": [8, 64, 32], "dtype": "bfloat16", "speedup": None, "violation": True, "number_format": None},
         ],
     }
 
@@ -157,3 +159,10 @@ def test_empty_report() -> None:
     assert str(report) == report.summary() == "switchback: no matmul in this graph"
     assert report.as_dict() == {"recipe": "switchback", "summary": report.summary(), "matmuls": []}
     assert report.num_rewritten() == 0
+
+
+def test_another_format_than_int8_is_named() -> None:
+    wide = [decision("fc.weight", Role.GRAD_WEIGHT), decision("fc.weight")]
+    report = Report("switchback_full", [dataclasses.replace(wide[0], number_format="e4m3", reason="e4m3, row x row"), wide[1]])
+    assert report.summary() == "switchback_full: int8 in 1 of 1 output, 1 of 1 grad_weight (e4m3)"
+    assert "64 x 32  e4m3" in str(report) and "64 x 32  int8" in str(report)

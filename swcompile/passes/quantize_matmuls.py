@@ -1,4 +1,4 @@
-"""Rewrite the matmuls of linear layers to int8."""
+"""Rewrite the matmuls of linear layers to 8 bit."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,10 +13,15 @@ from swcompile import values
 from swcompile.cost import Candidate, predict_speedups
 from swcompile.decide import decide, weigh
 from swcompile.graph import Matmul
-from swcompile.kernels.quantize_columnwise import QUANTIZE_COLUMNWISE_TRANSPOSE
+from swcompile.kernels.formats import E4M3, INT8
+from swcompile.kernels.quantize_columnwise import (
+    QUANTIZE_COLUMNWISE_TRANSPOSE,
+    QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3,
+)
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
 from swcompile.kernels.quantize_tensorwise import QUANTIZE_TENSORWISE, QUANTIZE_TENSORWISE_TRANSPOSE
 from swcompile.kernels.scaled_mm import SCALED_MM
+from swcompile.kernels.scaled_mm_e4m3 import SCALED_MM_E4M3
 from swcompile.pipeline import PassResult, emit
 from swcompile.recipe import GemmFormat, Recipe, Role, Scaling, fused_devices
 from swcompile.report import Decision
@@ -96,7 +101,7 @@ def quantize_matmuls(
 
 
 def _is_new(matmul: Matmul, decision: Decision) -> bool:
-    return decision.rewritten and not matmul.is_int8
+    return decision.rewritten and not matmul.number_format
 
 
 def _activation_key(matmul: Matmul) -> tuple[object, ...]:
@@ -144,17 +149,22 @@ class _Rewriter:
         swap = matmul.weight_on_left and (gemm.weight is Scaling.TENSOR or value.dim() == 3)
         scalings = [gemm.weight, gemm.other] if matmul.weight_on_left else [gemm.other, gemm.weight]
         total = _sum_of(node)
-        bias = None if swap else _bias(total, matmul)
+        bias = None if swap or gemm.number_format is not INT8 else _bias(total, matmul)
         adds = total.alpha != 1 or (total.addend is not None and bias is None)
         with self.graph.inserting_before(node):
             operands = [self._matrix(matmul, left=True), self._matrix(matmul, left=False)]
             if swap:
                 operands = [self._transpose(operand, node) for operand in reversed(operands)]
                 scalings.reverse()
-            a_q, a_scale = self._quantize(operands[0], scalings[0], node, transposed=False)
-            b_q, b_scale = self._quantize(operands[1], scalings[1], node, transposed=True)
             dtype = torch.float32 if adds else value.dtype
-            out = emit(self.graph, SCALED_MM, a_q, b_q, a_scale, b_scale, bias, dtype, like=node)
+            if gemm.number_format is E4M3:
+                a_q, a_scale = self._quantize_channels(operands[0], node, transposed=False)
+                b_q, b_scale = self._quantize_channels(operands[1], node, transposed=True)
+                out = emit(self.graph, SCALED_MM_E4M3, a_q, b_q, a_scale, b_scale, dtype, like=node)
+            else:
+                a_q, a_scale = self._quantize(operands[0], scalings[0], node, transposed=False)
+                b_q, b_scale = self._quantize(operands[1], scalings[1], node, transposed=True)
+                out = emit(self.graph, SCALED_MM, a_q, b_q, a_scale, b_scale, bias, dtype, like=node)
             if swap:
                 out = self._untranspose(out, matmul)
             elif value.dim() == 3:
@@ -235,12 +245,22 @@ class _Rewriter:
         """
         if _is_column_major(operand.meta["val"]):
             operand, transposed = self._transpose(operand, like), not transposed
+        return self._quantized(_QUANTIZERS[scaling, transposed], operand, like)
+
+    def _quantize_channels(self, operand: fx.Node, like: fx.Node, *, transposed: bool) -> tuple[fx.Node, fx.Node]:
+        """(e4m3 [outer, contracted], scale [outer, 1]) of an operand, shared with equal requests; as for `_quantize`."""
+        if not transposed:
+            operand = self._transpose(operand, like)
+        return self._quantized(QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3, operand, like)
+
+    def _quantized(self, quantizer: Any, operand: fx.Node, like: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """What an op makes of an operand: emitted once for the forward, and once for the backward."""
         in_backward = like in self.backward
-        key = (values.memory_of(operand), scaling, transposed, in_backward)
+        key = (values.memory_of(operand), quantizer, in_backward)
         if key not in self.quantized:
-            # What the backward quantises it quantises itself: an int8 copy is never kept for it from the forward.
+            # What the backward quantises it quantises itself: an 8-bit copy is never kept for it from the forward.
             late = in_backward and operand not in self.backward
-            pair = emit(self.graph, _QUANTIZERS[scaling, transposed], operand, like=like, only_in_backward=late)
+            pair = emit(self.graph, quantizer, operand, like=like, only_in_backward=late)
             q = emit(self.graph, getitem, pair, 0, like=like, only_in_backward=late)
             scale = emit(self.graph, getitem, pair, 1, like=like, only_in_backward=late)
             q.meta["quantized_with"] = scale

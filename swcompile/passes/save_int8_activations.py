@@ -46,7 +46,7 @@ def save_int8_activations(graph: fx.Graph) -> PassResult:
     result = PassResult()
     read_before: dict[fx.Node, list[fx.Node]] = {}
     for matmul in facts.matmuls(graph):
-        if matmul.role is not Role.GRAD_WEIGHT or matmul.is_int8:
+        if matmul.role is not Role.GRAD_WEIGHT or matmul.number_format:
             continue
         operand = matmul.lhs if matmul.weight_on_left else matmul.rhs
         if operand.meta["val"].dim() == 3:
