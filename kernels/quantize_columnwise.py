@@ -48,8 +48,8 @@ def quantize_columnwise_transpose(x_NK: torch.Tensor) -> tuple[torch.Tensor, tor
 def quantize_columnwise_transpose_e4m3(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_columnwise_transpose` to float8_e4m3fn, whose range leaves small values of a column some bits.
 
-    An operand of an 8-bit grad_weight. One scale a channel over all tokens is enough in this format, where int8 would
-    need one a block of tokens.
+    An operand of an 8-bit grad_weight: a token that is much larger than the others costs them nothing in this format,
+    where in int8 it takes their bits away.
 
     Args:
         x_NK: [N, K] bfloat16, float16 or float32, any strides.
