@@ -52,7 +52,9 @@ def map_rows_reference(inputs: Sequence[torch.Tensor], program: str) -> list[tor
         for tensor, value in zip(inputs, parsed.inputs, strict=True)
     ]
     for step in parsed.steps:
-        arguments = [_in_float32(values[arg.index]) if isinstance(arg, Ref) else arg for arg in step.args]
+        arguments = [values[arg.index].float() if isinstance(arg, Ref) else arg for arg in step.args]
+        if step.op == "where":
+            arguments[0] = arguments[0] != 0.0
         function = POINTWISE[step.op].reference if step.op in POINTWISE else REDUCTIONS[step.op]
         values.append(function(*arguments).to(step.value.dtype))
     results: list[torch.Tensor] = []
@@ -68,10 +70,6 @@ def map_rows_reference(inputs: Sequence[torch.Tensor], program: str) -> list[tor
         else:
             results.append(value.float().sum(0).to(output.dtype))
     return results
-
-
-def _in_float32(x: torch.Tensor) -> torch.Tensor:
-    return x.float() if x.is_floating_point() else x
 
 
 def map_rows_triton(inputs: Sequence[torch.Tensor], program: str) -> list[torch.Tensor]:

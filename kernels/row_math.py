@@ -57,3 +57,9 @@ def erf(x):
 def relu(x):
     """max(x, 0), where NaN stays NaN."""
     return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def larger(x, y):
+    """The larger one; NaN where one of both is."""
+    return tl.maximum(x, y, tl.PropagateNan.ALL)

@@ -75,9 +75,11 @@ class Output:
     """Of the sum, for `Action.SUM_ROWS`."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class RowProgram:
-    """Steps over rows. ``str(program)`` is its text and `parse` reads it back. The norm of a row, quantised::
+    """Steps over rows. ``str(program)`` is its text, and `parse` reads it back, to one object for one text.
+
+    A row over its norm, quantised::
 
         %0: bf16[M, K] = input
         %1: f32[M, K] = mul(%0, %0)
@@ -185,7 +187,7 @@ class Pointwise:
 
     arity: int
     reference: Callable[..., torch.Tensor]
-    """In PyTorch, for float32 (or bool) arguments and numbers."""
+    """In PyTorch, for float32 arguments and numbers; the first one of ``where`` is bool."""
     source: str
     """In Triton, with ``{0}`` and so on for the arguments; names are those of `row_math.py`, or ``tl``."""
 

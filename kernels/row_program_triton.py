@@ -60,7 +60,7 @@ def launch(inputs: Sequence[torch.Tensor], program: RowProgram, outputs: Sequenc
     def run(config: RowConfig) -> None:
         launch_config(config, inputs, program, outputs)
 
-    key = (bucket(num_rows), num_columns, _digest(str(program)))
+    key = (bucket(num_rows), num_columns, _digest(program))
     run(TUNER.choose(key, lambda: candidates(program, num_columns), run, inputs[0].device))
 
 
@@ -156,8 +156,8 @@ TUNER: Tuner[RowConfig] = Tuner("map_rows", [__file__, int8.__file__, row_math._
 
 
 @cache
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _digest(program: RowProgram) -> str:
+    return hashlib.sha256(str(program).encode()).hexdigest()[:16]
 
 
 @cache
@@ -187,7 +187,7 @@ import triton
 import triton.language as tl
 
 from swcompile.kernels.int8 import magnitude_bits, round_to_int8, scale_and_inverse
-from swcompile.kernels.row_math import erf, exp, inverse_of_positive, relu, sigmoid, tanh
+from swcompile.kernels.row_math import erf, exp, inverse_of_positive, larger, relu, sigmoid, tanh
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -352,7 +352,7 @@ class _Writer:
         (argument,) = step.args
         join, reduce, other = {
             "sum": ("{0} + {1}", "tl.sum({0}, axis=1, keep_dims=True)", "0.0"),
-            "amax": ("tl.maximum({0}, {1}, tl.PropagateNan.ALL)", "tl.max({0}, axis=1, keep_dims=True)", 'float("-inf")'),
+            "amax": ("larger({0}, {1})", "tl.reduce({0}, 1, larger, keep_dims=True)", 'float("-inf")'),
         }[step.op]
         for i in self.pieces:
             term = self._within(self._argument(argument, i), i, other)
@@ -363,16 +363,19 @@ class _Writer:
     def _step(self, name: str, step: Step, i: int | None) -> None:
         arguments = [self._argument(argument, i) for argument in step.args]
         template = POINTWISE[step.op].source
+        if step.op == "where":
+            arguments[0] = f"({arguments[0]} != 0.0)"
         if step.op == "div":
-            template = self._division(step.args[1])
-            if isinstance(step.args[1], float):
-                arguments[1] = _number(1.0 / step.args[1])
+            template, arguments[1] = self._division(step.args[1], arguments[1])
         self._line(f"{name} = {_rounded(template.format(*arguments), step.value)}")
 
-    def _division(self, divisor: Ref | float) -> str:
-        if isinstance(divisor, float):
-            return "{0} * {1}" if divisor else "{0} / 0.0"
-        return "{0} * inverse_of_positive({1})" if self._is_above_one(divisor) else "{0} / {1}"
+    def _division(self, divisor: Ref | float, argument: str) -> tuple[str, str]:
+        """(source of the division, its second argument)."""
+        if isinstance(divisor, Ref):
+            return ("{0} * inverse_of_positive({1})" if self._is_above_one(divisor) else "{0} / {1}"), argument
+        if 2.0**-100 <= abs(divisor) <= 2.0**100:
+            return "{0} * {1}", _number(1.0 / divisor)
+        return "{0} / {1}", argument
 
     def _is_above_one(self, ref: Ref) -> bool:
         """Whether a value is 1 or more for sure: ``1 + e^x``, which silu divides by."""
@@ -386,7 +389,7 @@ class _Writer:
         return self._step_of(refs[0]).op == "exp"
 
     def _argument(self, argument: Ref | float, i: int | None) -> str:
-        """An argument of a step, in float32 (or bool)."""
+        """An argument of a step, in float32."""
         if isinstance(argument, float):
             return _number(argument)
         value = self.program.value(argument)
@@ -395,14 +398,17 @@ class _Writer:
         else:
             assert i is not None, "a column comes from columns and numbers alone"
             name = self._matrix(argument, i)
-        return name if value.dtype in (torch.float32, torch.bool) else f"{name}.to(tl.float32)"
+        return name if value.dtype == torch.float32 else f"{name}.to(tl.float32)"
 
     def _step_of(self, ref: Ref) -> Step:
         return self.program.steps[ref.index - len(self.program.inputs)]
 
 
 def _rounded(expression: str, value: Value) -> str:
-    return expression if value.dtype in (torch.float32, torch.bool) else f"({expression}).to({_TRITON_DTYPES[value.dtype]})"
+    """What a step computes, in the dtype of its value; a comparison is bool already."""
+    if value.dtype == torch.bool:
+        return f"({expression}) != 0"
+    return expression if value.dtype == torch.float32 else f"({expression}).to({_TRITON_DTYPES[value.dtype]})"
 
 
 def _number(value: float) -> str:

@@ -12,7 +12,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swcompile.cost import rates_fingerprint, size_buckets, symbolic_sizes
-from swcompile.graph_pass import GraphPass
+from swcompile.graph_pass import LateGraphPass
 from swcompile.joint import (
     JointPass,
     copy_graph,
@@ -88,7 +88,7 @@ def switchback(
     hooks: dict[str, Any] = {"joint_custom_pre_pass": joint_pass}
     late_passes = post_grad_passes(recipe)
     if late_passes:
-        hooks[_LATE] = GraphPass(late_passes, hook=_LATE, before=patches.get(_LATE))
+        hooks[_LATE] = LateGraphPass(late_passes, hook=_LATE, before=patches.get(_LATE))
     compiled = compile_fx(gm, example_inputs, config_patches=patches | hooks)
     # A summary of what no pass has seen would trace the graph again: left to who asks.
     log.info("%s", report.summary() if report.is_recorded else f"{recipe.name}: from the cache; see swcompile.reports()")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 from torch._inductor import config as inductor_config
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass, CustomInferenceAwareGraphPass
 
 from swcompile.pipeline import Pass, pass_identity, run_passes, source_fingerprint
 
@@ -28,9 +28,9 @@ class GraphPass(CustomGraphPass):
         before = getattr(inductor_config, hook) if before is None else before
         self.before = [p for p in (before if isinstance(before, (list, tuple)) else [before]) if p is not None]
 
-    def __call__(self, graph: fx.Graph) -> None:
+    def __call__(self, graph: fx.Graph, is_inference: bool = False) -> None:
         for other in self.before:
-            other(graph)
+            other(graph, *([is_inference] if isinstance(other, CustomInferenceAwareGraphPass) else []))
         self.run(graph)
 
     def run(self, graph: fx.Graph) -> None:
@@ -45,3 +45,7 @@ class GraphPass(CustomGraphPass):
             return None
         key = repr((source_fingerprint(), passes, self.identity, before))
         return hashlib.sha256(key.encode()).hexdigest()
+
+
+class LateGraphPass(GraphPass, CustomInferenceAwareGraphPass):
+    """A `GraphPass` for the hooks behind the partitioner, which tell whether a graph is for inference."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from swcompile.graph import MATMULS
@@ -43,9 +44,11 @@ _SAME: dict[Any, str] = {
     aten.ge.Scalar: "ge",
     aten.gt.Tensor: "gt",
     aten.gt.Scalar: "gt",
-} | dict.fromkeys(CASTS, "cast")
-"""Ops that are one step."""
+}
+"""Ops that are one step, beside casts."""
 
+_OF_BOOLS = ("le", "lt", "ge", "gt", "where")
+"""Steps that may give booleans."""
 _REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.var_mean.correction}
 _ALIASES = RESHAPES | {
     aten.alias.default,
@@ -99,40 +102,50 @@ class Frame(NamedTuple):
         return cls(value.numel() // value.shape[-1], value.shape[-1])
 
     def takes(self, node: fx.Node) -> bool:
-        """Whether a node's value can be an input, or a number in the program."""
-        if constant(node) is not None:
-            return True
+        """Whether a node's value can be an input."""
         value: Any = node.meta.get("val")
         return self.shape_of(value) is not None and value.dtype in (*FLOAT_DTYPES, torch.bool)
 
     def computes(self, node: fx.Node) -> bool:
         """Whether a program can compute a node from its arguments."""
-        if node.op != "call_function" or not all(self.takes(source) for source in _sources(node)):
-            return False
-        if any(_origin(source).target in _RANDOM for source in node.all_input_nodes):
+        if node.op != "call_function":
             return False
         if node.target is getitem:
-            return _is_moment(node)
+            (source, *_) = node.all_input_nodes
+            return source.target is aten.var_mean.correction and self.computes(source) and self.takes(node)
+        tensors = sources(node)
+        if not tensors or not all(self.takes(source) for source in tensors):
+            return False
+        if any(_origin(source).target in _RANDOM for source in tensors):
+            return False
         if node.target is aten.var_mean.correction:
             return self._reduces_rows(node)
-        if not self.takes(node) or constant(node) is not None:
+        if not self.takes(node):
             return False
         if node.target in _ALIASES:
             return self._is_alias(node)
-        if node.target in CASTS and not self._narrows_well(node):
-            return False
+        if node.target in CASTS:
+            return not set(node.kwargs) - {"dtype"} and self._narrows_well(node)
         if node.target in _REDUCTIONS:
-            return self._reduces_rows(node)
+            return self._reduces_rows(node) and node.meta["val"].dtype in FLOAT_DTYPES
         if node.target is aten.pow.Tensor_Scalar:
-            return node.args[1] in _POWERS
-        if node.target not in _SAME:
+            return node.args[1] in _POWERS and node.meta["val"].dtype in FLOAT_DTYPES
+        return self._is_step(node)
+
+    def _is_step(self, node: fx.Node) -> bool:
+        """Whether a node is one step of a program, with arguments that a step can have."""
+        op = _SAME.get(node.target)
+        if op is None or node.kwargs or len(node.args) != POINTWISE[op].arity:
             return False
-        keywords = set(node.kwargs) - {"dtype"} if node.target in CASTS else set(node.kwargs)
-        numbers = [arg for arg in node.args if not isinstance(arg, (fx.Node, torch.dtype))]
-        return not keywords and all(isinstance(number, (int, float)) for number in numbers)
+        if node.meta["val"].dtype == torch.bool and op not in _OF_BOOLS:
+            return False  # a sum of booleans is a boolean, which is no arithmetic in float32
+        return all(
+            isinstance(arg, (int, float)) or (isinstance(arg, fx.Node) and (constant(arg) is not None or arg in sources(node)))
+            for arg in node.args
+        )
 
     def _is_alias(self, node: fx.Node) -> bool:
-        (source, *_) = node.all_input_nodes
+        (source,) = sources(node)
         before, after = (self.shape_of(n.meta["val"]) for n in (source, node))
         if node.target is aten.permute.default:
             order: Any = node.args[1]
@@ -153,6 +166,8 @@ class Frame(NamedTuple):
         """Whether a reduction gives one number for each row of a matrix, with the dimension kept."""
         (source, *_) = node.all_input_nodes
         value = source.meta["val"]
+        if value.dtype == torch.bool:
+            return False
         dims = node.args[1] if len(node.args) > 1 else None
         keeps = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
         last = isinstance(dims, (list, tuple)) and [d % value.dim() for d in dims] == [value.dim() - 1]  # type: ignore[operator]
@@ -164,10 +179,11 @@ class Frame(NamedTuple):
         if node.target is not aten.sum.dim_IntList or node.kwargs:
             return False
         (source, *_) = node.all_input_nodes
-        value, dims = source.meta["val"], node.args[1]
-        if self.shape_of(value) is not Shape.MATRIX or value.dtype not in FLOAT_DTYPES:
+        dims: Any = node.args[1]
+        value = source.meta["val"]
+        if self.shape_of(value) is not Shape.MATRIX or value.dtype not in FLOAT_DTYPES or not dims or value.dim() < 2:
             return False
-        all_but_last = sorted(d % value.dim() for d in dims) == list(range(value.dim() - 1))  # type: ignore[union-attr,operator]
+        all_but_last = sorted(d % value.dim() for d in dims) == list(range(value.dim() - 1))
         return all_but_last and node.meta["val"].dtype in FLOAT_DTYPES
 
 
@@ -178,22 +194,24 @@ def _origin(node: fx.Node) -> fx.Node:
 
 
 def constant(node: fx.Node) -> float | None:
-    """The number that a node of no dimensions holds, where the graph says it."""
-    if node.target not in _CONSTANTS or node.meta["val"].dim() != 0:
+    """The number that a node of no dimensions holds, rounded to its dtype, where the graph says it."""
+    if node.target not in _CONSTANTS or node.meta["val"].dim() != 0 or node.meta["val"].dtype == torch.bool:
         return None
-    number = node.args[-1] if node.target is aten.full.default else node.args[0]
-    return float(number) if isinstance(number, (int, float)) else None
+    number = node.args[1] if node.target is aten.full.default else node.args[0]
+    if not isinstance(number, (int, float)):
+        return None
+    with unset_fake_temporarily():
+        return float(torch.tensor(number).to(node.meta["val"].dtype).item())
 
 
-def _is_moment(node: fx.Node) -> bool:
-    """Whether a node is the variance or the mean that a computed ``var_mean`` gives."""
-    (source, *_) = node.all_input_nodes
-    return source.target is aten.var_mean.correction
+def sources(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values, not only sizes, a node reads, without those that are a number (`constant`)."""
+    arguments = node.args[:1] if node.target in _ALIASES else node.all_input_nodes
+    return [a for a in arguments if isinstance(a, fx.Node) and not _is_size(a) and constant(a) is None]
 
 
-def _sources(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values a node reads; of a variance or mean, what it is of."""
-    return _sources(node.all_input_nodes[0]) if node.target is getitem and _is_moment(node) else node.all_input_nodes
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float))
 
 
 class ProgramWriter:
@@ -227,10 +245,11 @@ class ProgramWriter:
                 self.refs[node] = self._step("div", (total, float(self.frame.num_columns)), dtype)
             else:
                 self.refs[node] = self._reduce(kind, argument, dtype)
+        elif target in CASTS:
+            self.refs[node] = self._step("cast", (self._argument(node.args[0]),), node.meta["val"].dtype)
         else:
-            op = _SAME[target]
-            arguments = [self._argument(argument) for argument in node.args][: POINTWISE[op].arity]
-            self.refs[node] = self._step(op, tuple(arguments), node.meta["val"].dtype)
+            arguments = tuple(self._argument(argument) for argument in node.args)
+            self.refs[node] = self._step(_SAME[target], arguments, node.meta["val"].dtype)
 
     def ref(self, node: fx.Node) -> Ref | None:
         """The value of a node; None if it is a number."""
@@ -252,7 +271,7 @@ class ProgramWriter:
 
     def _argument(self, argument: Any) -> Ref | float:
         if not isinstance(argument, fx.Node):
-            return float(argument) if isinstance(argument, (int, float)) else 0.0  # the dtype of a cast: not read
+            return float(argument)
         number = constant(argument)
         return self.refs[argument] if number is None else number
 

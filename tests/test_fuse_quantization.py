@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
 from torch.nn.functional import gelu, silu
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +25,7 @@ from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
 from swcompile.kernels.row_program import RowProgram, parse
 from swcompile.passes import joint_passes
 from swcompile.passes.fuse_quantization import fuse_quantization
+from swcompile.row_steps import Frame
 
 RECIPE = make_recipe({"include": "*", "skip_slower": False})
 
@@ -273,13 +275,15 @@ def test_checkpointing() -> None:
 def test_any_number_of_tokens() -> None:
     model = Residual().bfloat16()
     torch._dynamo.reset()
-    splits = {fuse: torch.compile(model, backend=Split(fuse=fuse), dynamic=True) for fuse in (True, False)}
-    for tokens in (8, 5, 12):
-        x = torch.randn(2, tokens, 32).bfloat16()
+    split = Split(fuse=True)
+    compiled = [torch.compile(model, backend=backend, dynamic=True) for backend in (split, Split(fuse=False))]
+    for batch, tokens in ((2, 8), (3, 5), (4, 12)):
+        x = torch.randn(batch, tokens, 32).bfloat16()
         results = [
-            gradients(call, lambda c, x=x: c(x).float().square().mean(), list(model.parameters())) for call in splits.values()
+            gradients(call, lambda c, x=x: c(x).float().square().mean(), list(model.parameters())) for call in compiled
         ]
         assert_equal_but_for_order(*results)
+    assert [num_fused(split, graph) for graph in (0, 1)] == [2, 2] and len(split.graphs) == 2
 
 
 def test_what_is_not_a_row_program_is_left_alone() -> None:
@@ -306,6 +310,103 @@ def test_what_is_not_a_row_program_is_left_alone() -> None:
         torch.compile(Leaf(), backend=split)(torch.randn(8, 32))
         inner = [node for node in split.graphs[0].find_nodes(op="call_function", target=MAP_ROWS)]
         assert not inner or name == "a norm over tokens", name
+
+
+class Apply(nn.Module):
+    """A function of x and of a linear layer."""
+
+    def __init__(self, function: Callable[..., Any], width: int = 32) -> None:
+        super().__init__()
+        self.function, self.layer, self.norm = function, nn.Linear(width, width), nn.BatchNorm1d(width)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(self, x)
+
+
+ODD: dict[str, tuple[Callable[..., torch.Tensor], tuple[int, ...]]] = {
+    "norm over the batch": (lambda m, x: m.layer(m.norm(x)), (8, 32)),
+    "as many tokens as features": (lambda m, x: m.layer(x - torch.var_mean(x, -1)[1]), (32, 32)),
+    "one token": (lambda m, x: m.layer(x.relu()), (1, 32)),
+    "a sum of everything": (lambda m, x: m.layer(x.relu()) + x.relu().sum(None, keepdim=True), (8, 32)),
+    "sign": (lambda m, x: m.layer(x * ((x > 0).float() - (x < 0).float())), (8, 32)),
+    "count": (lambda m, x: m.layer(x / ((x > 0).float().sum(-1, keepdim=True) + 1)), (8, 32)),
+    "a whole number": (lambda m, x: m.layer(x * torch.full((), 2.7, dtype=torch.int64)), (8, 32)),
+    "a number in bfloat16": (lambda m, x: m.layer(x * torch.full((), 0.1, dtype=torch.bfloat16)), (8, 32)),
+    "a constant choice": (lambda m, x: m.layer(torch.where(torch.full((), True), x.sigmoid(), x)), (8, 32)),
+    "scaled addition": (lambda m, x: m.layer(torch.add(x.sigmoid(), x, alpha=3)), (8, 32)),
+    "many results": (
+        lambda m, x: m.layer(y := x.tanh()) + sum(m.layer(y := y.tanh()).relu() * y.cumsum(-1) for _ in range(9)),
+        (8, 32),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_models(name: str) -> None:
+    function, shape = ODD[name]
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    model = Apply(function)
+    model.norm.track_running_stats = False
+    _, fused, plain = both(model, lambda call: call(x).square().mean())
+    assert_equal_but_for_order(fused, plain)
+
+
+def test_a_copy_stays_a_copy() -> None:
+    def function(m: Apply, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x.sigmoid()
+        copy, again = y.clone(), x.sigmoid()
+        return m.layer(copy), y, copy, again
+
+    with torch.no_grad():
+        results = torch.compile(Apply(function), backend=Split(fuse=True), fullgraph=True)(torch.randn(8, 32))
+    assert len({result.data_ptr() for result in results[1:]}) == len({id(result) for result in results[1:]})
+
+
+def counting(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    """The function, which notes each call."""
+
+    def call(*args: Any) -> Any:
+        calls.append(1)
+        return function(*args)
+
+    return call
+
+
+def test_a_deep_model_takes_time_in_proportion() -> None:
+    graphs = {}
+    for blocks in (4, 16):
+        torch._dynamo.reset()
+        split = Split(fuse=False)
+        model, x = Residual(blocks).bfloat16(), torch.randn(2, 8, 32).bfloat16()
+        torch.compile(model, backend=split, fullgraph=True)(x).float().sum().backward()
+        graphs[blocks] = split.graphs
+    calls = {}
+    for blocks, both_graphs in graphs.items():
+        with pytest.MonkeyPatch.context() as patch:
+            counted: list[int] = []
+            patch.setattr(Frame, "computes", counting(Frame.computes, counted))
+            for graph in both_graphs:
+                assert fuse_quantization(graph, devices=("cpu",)).rewrites >= blocks - 1
+            calls[blocks] = len(counted)
+    assert calls[16] < 6 * calls[4], "four times the layers"
+
+
+def test_inference_aware_passes_of_users_run_first() -> None:
+    seen = []
+
+    class Aware(CustomInferenceAwareGraphPass):
+        def __call__(self, graph: fx.Graph, is_inference: bool) -> None:
+            seen.append((is_inference, len(graph.find_nodes(op="call_function", target=MAP_ROWS))))
+
+        def uuid(self) -> None:
+            return None
+
+    model, x = GeluLayers().bfloat16(), torch.randn(8, 32).bfloat16()
+    options: dict[str, Any] = {"include": "*", "skip_slower": False, "fuse": True}
+    with torch._inductor.config.patch(post_grad_custom_post_pass=Aware()), torch.no_grad():
+        torch.compile(model, backend="switchback", options=options)(x)
+    assert seen == [(True, 0)]
 
 
 def test_reads_rows_of_a_wider_matrix() -> None:

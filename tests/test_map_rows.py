@@ -104,6 +104,43 @@ def test_masks_and_choices() -> None:
     assert torch.equal(result, torch.where(mask, torch.where(x <= 0.25, x, 0.0), -1.0))
 
 
+MASKS = {
+    "twice": "%2: f32[M, K] = cast(%1)\n%3: f32[M, K] = add(%2, %2)\nstore %3",
+    "negative": "%2: f32[M, K] = cast(%1)\n%3: f32[M, K] = neg(%2)\nstore %3",
+    "sign": "%2: b8[M, K] = gt(%0, 1.0)\n%3: f32[M, K] = cast(%2)\n%4: f32[M, K] = sub(%1, %3)\nstore %4",
+    "count": "%2: f32[M, K] = cast(%1)\n%3: f32[M, 1] = sum(%2)\nstore %3",
+    "function": "%2: f32[M, K] = cast(%1)\n%3: f32[M, K] = erf(%2)\nstore %3",
+    "not zero": "%2: b8[M, K] = cast(%0)\n%3: f32[M, K] = mul(%2, %0)\nstore %3",
+    "0 and 1": "%2: b8[M, K] = cast(%0)\n%3: f32[M, K] = cast(%2)\nstore %3",
+    "factor": "%2: f16[M, K] = mul(%1, 3.0)\nquantize %2",
+    "stored": "%2: b8[M, K] = le(%0, 0.0)\n%3: b8[M, K] = where(%1, %2, %1)\nstore %3",
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_booleans_are_numbers_in_arithmetic(name: str) -> None:
+    text = f"%0: f32[M, K] = input\n%1: b8[M, K] = input\n{MASKS[name]}"
+    x, mask = torch.randn(3, 300, device=DEVICE).round(), torch.rand(3, 300, device=DEVICE) < 0.5
+    for actual, expected in zip(map_rows_triton([x, mask], text), map_rows_reference([x, mask], text), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0.0, atol=5e-7 if name == "function" else 0.0)
+
+
+@pytest.mark.parametrize("divisor", [3.0, 8.0, 0.0, -0.0, 1e-40, 1e38, -7.0])
+def test_division_by_a_number(divisor: float) -> None:
+    text = f"%0: f32[M, K] = input\n%1: f32[M, K] = div(%0, {divisor!r})\nstore %1"
+    x = torch.tensor([[0.5, -0.25, 2.0, 0.0, 1e-39, 1e30]], device=DEVICE)
+    torch.testing.assert_close(
+        map_rows_triton([x], text), map_rows_reference([x], text), rtol=3e-7, atol=1e-37, equal_nan=True
+    )
+
+
+def test_the_largest_of_a_row_with_nan_is_nan() -> None:
+    x = torch.randn(3, 600, device=DEVICE)
+    x[1, 5] = x[2, 599] = torch.nan
+    (result,) = map_rows_triton([x], "%0: f32[M, K] = input\n%1: f32[M, 1] = amax(%0)\nstore %1")
+    torch.testing.assert_close(result, x.amax(1, keepdim=True), rtol=0.0, atol=0.0, equal_nan=True)
+
+
 @pytest.mark.parametrize("op", [op for op, pointwise in POINTWISE.items() if pointwise.arity == 1])
 def test_functions(op: str) -> None:
     text = f"%0: f32[M, K] = input\n%1: f32[M, K] = {op}(%0)\nstore %1"

@@ -1,6 +1,8 @@
 """Quantise a value in the kernel that computes it."""
 
 import dataclasses
+import heapq
+import math
 from collections.abc import Iterable, Sequence
 from operator import getitem
 
@@ -13,14 +15,17 @@ from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
 from swcompile.kernels.row_program import Action, Output, Ref, RowProgram, Shape
 from swcompile.kernels.row_program_triton import MAX_COLUMNS
 from swcompile.pipeline import PassResult, emit
-from swcompile.row_steps import Frame, ProgramWriter, constant
-from swcompile.values import CASTS, VIEWS
+from swcompile.row_steps import Frame, ProgramWriter, constant, sources
+from swcompile.values import ALIASES, CASTS, RESHAPES, VIEWS
 
 aten = torch.ops.aten
 
 MAX_INPUTS = 6
 """Matrices that a kernel reads at most: their rows wait in registers."""
 MAX_OUTPUTS = 8
+"""Values that a kernel leaves at most; others are left to be computed where they are read."""
+MAX_MEMBERS = 64
+"""Nodes that a region grows by at most for a second quantisation: what is further away has no inputs in common."""
 
 
 def fuse_quantization(graph: fx.Graph, *, devices: Sequence[str] = ("cuda",)) -> PassResult:
@@ -58,8 +63,8 @@ def fuse_quantization(graph: fx.Graph, *, devices: Sequence[str] = ("cuda",)) ->
         region = _grow_region(root, order)
         if region is None:
             continue
-        for other in roots:
-            if other not in done and other not in region.roots and other.args[0] not in region.members:
+        for other in _roots_nearby(region, order):
+            if other in roots and other not in done:
                 region = _merged(region, other, order)
         _absorb_neighbours(region, order)
         if region.is_worthwhile and _replace(graph, region, order):
@@ -117,12 +122,14 @@ def _grow_region(root: fx.Node, order: dict[fx.Node, float]) -> _Region | None:
         stops |= entangled
 
 
-def _closure(ends: Iterable[fx.Node], frame: Frame, stops: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
-    """(the nodes that a program for `ends` computes, those that it reads)."""
+def _closure(
+    ends: Iterable[fx.Node], frame: Frame, stops: set[fx.Node], most: float = math.inf
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """(the nodes that a program for `ends` computes, those that it reads); cut off beyond so many members."""
     members: set[fx.Node] = set()
     inputs: set[fx.Node] = set()
     pending = list(ends)
-    while pending:
+    while pending and len(members) <= most:
         node = pending.pop()
         if node in members or node in inputs or constant(node) is not None:
             continue
@@ -130,10 +137,38 @@ def _closure(ends: Iterable[fx.Node], frame: Frame, stops: set[fx.Node]) -> tupl
             inputs.add(node)
             continue
         members.add(node)
-        pending += node.all_input_nodes
+        pending += sources(node)
         if node.target is aten.var_mean.correction:  # both of its results are there
-            members.update(node.users)
+            members.update(set(node.users) - inputs)
     return members, inputs
+
+
+def _roots_nearby(region: _Region, order: dict[fx.Node, float]) -> list[fx.Node]:
+    """Quantisations of what one kernel could compute of the region's matrices, with hardly anything else to read."""
+    nothing: frozenset[fx.Node] = frozenset()
+    strangers = dict.fromkeys(region.members | region.inputs, nothing)  # what a node needs beside the region's values
+    found = []
+    pending = [(order[user], user.name, user) for node in region.members | region.matrices for user in node.users]
+    heapq.heapify(pending)
+    for _ in range(_MOST_VISITS):
+        if not pending:
+            break
+        *_, node = heapq.heappop(pending)
+        if node in strangers:
+            continue
+        if node.target == QUANTIZE_ROWWISE:
+            found += [] if node in found or node in region.roots else [node]
+        elif region.frame.computes(node):
+            needs = nothing.union(*(strangers.get(source, {source}) for source in sources(node)))
+            if len(needs) <= _MOST_STRANGERS:
+                strangers[node] = needs
+                for user in node.users:
+                    heapq.heappush(pending, (order[user], user.name, user))
+    return found
+
+
+_MOST_VISITS, _MOST_STRANGERS = 100, 2
+"""Enough to get from the operands of a gated activation to both of its gradients."""
 
 
 def _entangled(region: _Region, order: dict[fx.Node, float]) -> set[fx.Node]:
@@ -163,7 +198,9 @@ def _merged(region: _Region, root: fx.Node, order: dict[fx.Node, float]) -> _Reg
     value = root.all_input_nodes[0].meta["val"]
     if region.frame.shape_of(value) is not Shape.MATRIX:
         return region
-    members, inputs = _closure(root.all_input_nodes, region.frame, region.inputs)
+    members, inputs = _closure(root.all_input_nodes, region.frame, region.inputs, MAX_MEMBERS)
+    if len(members) > MAX_MEMBERS:
+        return region
     both = _Region(
         region.frame,
         [*region.roots, root],
@@ -193,8 +230,7 @@ def _absorb_neighbours(region: _Region, order: dict[fx.Node, float]) -> None:
         for user in pending.pop(0).users:
             if user in known or user in computable or user in region.roots or user.op != "call_function":
                 continue
-            sources = [source for source in user.all_input_nodes if constant(source) is None]
-            if not all(source in known or source in computable for source in sources):
+            if not all(source in known or source in computable for source in sources(user)):
                 continue
             if region.frame.sums_rows(user):
                 _absorb(region, user, order)
@@ -225,14 +261,24 @@ def _replace(graph: fx.Graph, region: _Region, order: dict[fx.Node, float]) -> b
     writer = ProgramWriter(region.frame, inputs)
     for member in sorted(region.members, key=order.__getitem__):
         writer.add(member)
+    quantized = [writer.ref(root.all_input_nodes[0]) for root in region.roots]
+    region.sums = region.sums[: MAX_OUTPUTS - len(quantized)]
+    summed = [writer.ref(node.all_input_nodes[0]) for node in region.sums]
     stored: dict[Ref, list[fx.Node]] = {}
     for member in sorted(region.members, key=order.__getitem__):
         ref = writer.ref(member) if member.target is not aten.var_mean.correction else None
-        if ref is not None and _is_stored(member, region, writer.value(ref).shape):
-            stored.setdefault(ref, []).append(member)
-    quantized: list[Ref | None] = [writer.ref(root.all_input_nodes[0]) for root in region.roots]
-    summed: list[Ref | None] = [writer.ref(node.all_input_nodes[0]) for node in region.sums]
-    stored = {ref: nodes for ref, nodes in stored.items() if ref.index >= len(inputs)}
+        if ref is None or ref.index < len(inputs) or not _is_stored(member, region, writer.value(ref).shape):
+            continue
+        alike = stored.setdefault(ref, [])
+        # Of equal values that are not views of one another each has memory of its own, which somebody may write to.
+        if not alike or _viewed(alike[0]) is _viewed(member):
+            alike.append(member)
+    symbols = _symbols(graph)
+    num_stored = MAX_OUTPUTS - len(quantized) - len(summed)
+    stored = dict(list(stored.items())[:num_stored])
+    kept = [node for nodes in stored.values() for node in nodes] + region.sums
+    if None in quantized or None in summed or not all(_sizes(node, symbols) for node in kept):
+        return False
     outputs = [Output(Action.STORE, ref) for ref in stored]
     outputs += [Output(Action.QUANTIZE, ref) for ref in quantized if ref is not None]
     outputs += [
@@ -240,13 +286,11 @@ def _replace(graph: fx.Graph, region: _Region, order: dict[fx.Node, float]) -> b
         for ref, node in zip(summed, region.sums, strict=True)
         if ref is not None
     ]
-    if len(outputs) > MAX_OUTPUTS or None in quantized or None in summed:
-        return False
     try:
         program = writer.finish(outputs)
     except ValueError:  # a value of one number a row that is to be summed or quantised as if it were a matrix
         return False
-    results = _emit(graph, region, inputs, program, list(stored.values()))
+    results = _emit(graph, region, inputs, program, list(stored.values()), symbols)
     _extend(order, [results])
     return True
 
@@ -256,12 +300,11 @@ def _extend(order: dict[fx.Node, float], new: Iterable[fx.Node]) -> None:
     pending = list(new)
     while pending:
         node = pending.pop()
-        sources = node.all_input_nodes
-        missing = [source for source in sources if source not in order]
+        missing = [source for source in node.all_input_nodes if source not in order]
         if missing:  # a view of an input, new itself
             pending += [node, *missing]
             continue
-        least = max((order[source] for source in sources), default=0.0) + _STEP
+        least = max((order[source] for source in node.all_input_nodes), default=0.0) + _STEP
         if order.get(node, 0.0) < least:
             order[node] = least
             pending += node.users
@@ -276,8 +319,8 @@ def _is_stored(member: fx.Node, region: _Region, shape: Shape) -> bool:
     replaced = region.members.union(region.roots, region.sums)
     readers = [user for user in member.users if user not in replaced]
     value = member.meta["val"]
-    if not readers or shape is Shape.ROW or region.frame.shape_of(value) is not shape:
-        return False
+    if not readers or shape is Shape.ROW or region.frame.shape_of(value) is not shape or member.target is aten.clone.default:
+        return False  # also of a column that a node has spread over a matrix
     if shape is Shape.COLUMN:
         return True
     if member.target in CASTS and member.all_input_nodes[0].meta["val"].dtype.itemsize < value.dtype.itemsize:
@@ -286,8 +329,16 @@ def _is_stored(member: fx.Node, region: _Region, shape: Shape) -> bool:
     return value.dtype.itemsize <= widest or any(not region.frame.computes(reader) for reader in readers)
 
 
+def _viewed(node: fx.Node) -> fx.Node:
+    """What a node is a view of."""
+    while node.target in ALIASES | RESHAPES:
+        (node,) = sources(node)
+    return node
+
+
 def _emit(
-    graph: fx.Graph, region: _Region, inputs: Sequence[fx.Node], program: RowProgram, stored: Sequence[list[fx.Node]]
+    graph: fx.Graph, region: _Region, inputs: Sequence[fx.Node], program: RowProgram,
+    stored: Sequence[list[fx.Node]], symbols: dict[str, fx.Node],
 ) -> fx.Node:
     like = region.roots[0]
     old: list[fx.Node] = []
@@ -302,7 +353,7 @@ def _emit(
         for nodes in stored:
             value = take(nodes[0])
             for node in nodes:
-                node.replace_all_uses_with(_as_shaped(graph, value, node))
+                node.replace_all_uses_with(_as_shaped(graph, value, node, symbols))
         for root in region.roots:
             q, scale = take(root), take(root)
             q.meta["quantized_with"] = scale
@@ -311,7 +362,7 @@ def _emit(
                 old.append(user)
             old.append(root)
         for node in region.sums:
-            node.replace_all_uses_with(_as_shaped(graph, take(node), node))
+            node.replace_all_uses_with(_as_shaped(graph, take(node), node, symbols))
             old.append(node)
     for node in old:
         graph.erase_node(node)
@@ -325,12 +376,24 @@ def _as_rows(graph: fx.Graph, node: fx.Node, shape: Shape, frame: Frame, like: f
     return node if value.dim() == len(wanted) else emit(graph, aten.reshape.default, node, wanted, like=like)
 
 
-def _as_shaped(graph: fx.Graph, value: fx.Node, node: fx.Node) -> fx.Node:
+def _as_shaped(graph: fx.Graph, value: fx.Node, node: fx.Node, symbols: dict[str, fx.Node]) -> fx.Node:
     """A result in the shape of the node that it replaces."""
-    shape = node.meta["val"].shape
-    if value.meta["val"].dim() == len(shape):
+    if value.meta["val"].dim() == node.meta["val"].dim():
         return value
-    sizes = [size if isinstance(size, int) else -1 for size in shape]
-    return emit(graph, aten.reshape.default, value, sizes, like=node)
+    return emit(graph, aten.reshape.default, value, _sizes(node, symbols), like=node)
+
+
+def _symbols(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Expression -> the input of the graph that is this size."""
+    placeholders = [(node, node.meta.get("val")) for node in graph.find_nodes(op="placeholder")]
+    return {str(value.node.expr): node for node, value in placeholders if isinstance(value, torch.SymInt)}
+
+
+def _sizes(node: fx.Node, symbols: dict[str, fx.Node]) -> list[int | fx.Node]:
+    """The shape of a node for a graph's arguments, with -1 for one size that no input is; none if there are more."""
+    sizes = [
+        size if isinstance(size, int) else symbols.get(str(size.node.expr), -1) for size in node.meta["val"].shape
+    ]
+    return sizes if sizes.count(-1) <= 1 else []
 
 
