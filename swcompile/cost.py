@@ -145,7 +145,7 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     rate = rates.int8_matmul if gemm.number_format is INT8 else rates.e4m3_matmul
     return _Times(
         original=original,
-        quantized=max(multiply.flops / rate, multiply.bytes / rates.quantize)
+        quantized=max(multiply.flops / rate if rate else math.inf, multiply.bytes / rates.quantize)
         + rates.kernel
         + quantize_other / sharers
         + quantize_weight,
