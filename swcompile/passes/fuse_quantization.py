@@ -178,6 +178,7 @@ def _entangled(region: _Region, order: dict[fx.Node, float]) -> set[fx.Node]:
 
 
 def _leads_back(member: fx.Node, region: _Region, order: dict[fx.Node, float], last: float) -> bool:
+    """Whether what something outside computes of a node is an input of the region, none of which comes after `last`."""
     pending = [user for user in member.users if user not in region.members]
     seen = set(pending)
     while pending:
@@ -209,12 +210,12 @@ def _merged(region: _Region, root: fx.Node, order: dict[fx.Node, float]) -> _Reg
     )
     is_new = both.matrices - region.matrices
     shared = inputs & region.matrices
-    if len(shared) <= len(is_new) or len(both.matrices) > MAX_INPUTS or _is_tangled(both, order):
+    if len(shared) <= len(is_new) or len(both.matrices) > MAX_INPUTS or _has_cycle(both, order):
         return region
     return both
 
 
-def _is_tangled(region: _Region, order: dict[fx.Node, float]) -> bool:
+def _has_cycle(region: _Region, order: dict[fx.Node, float]) -> bool:
     """Whether a region of several results cannot be one kernel, as it would read what depends on it."""
     last = max((order[node] for node in region.inputs), default=0)
     results = [*region.roots, *region.sums]
@@ -251,7 +252,7 @@ def _absorb(region: _Region, node: fx.Node, order: dict[fx.Node, float]) -> None
     if not inputs <= region.inputs | region.members or len(region.sums) + len(members) > 64:
         return
     grown = dataclasses.replace(region, members=region.members | members, sums=[*region.sums, *([node] if is_sum else [])])
-    if not _is_tangled(grown, order):
+    if not _has_cycle(grown, order):
         region.members, region.sums = grown.members, grown.sums
 
 
@@ -358,6 +359,7 @@ def _emit(
             q, scale = take(root), take(root)
             q.meta["quantized_with"] = scale
             for user in list(root.users):
+                assert user.target is getitem, f"{user.format_node()} reads both results of {root} at once"
                 user.replace_all_uses_with(q if user.args[1] == 0 else scale)
                 old.append(user)
             old.append(root)
