@@ -1,54 +1,86 @@
 """Compiles row programs for GPUs that need not be there, and looks for registers that did not suffice."""
 
 import torch
+import triton
 from row_programs import PROGRAMS
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
 
-from swcompile.kernels.row_program import Action, Shape, parse
+from swcompile.kernels.row_program import Action, RowProgram, Shape, parse
+from swcompile.kernels.row_program_triton import PIECE_PER_WARP, candidates, compile_source, source
+
+MASKS = """\
+%0: bf16[M, K] = input
+%1: b8[M, K] = input
+%2: f32[M, 1] = amax(%0)
+%3: f32[M, K] = sub(%0, %2)
+%4: f32[M, K] = cast(%1)
+%5: f32[M, K] = add(%3, %4)
+%6: b8[M, K] = gt(%5, 0.25)
+%7: f32[M, K] = where(%6, %5, %1)
+%8: b8[M, K] = cast(%7)
+%9: f32[M, K] = tanh(%7)
+%10: f32[M, K] = relu(%9)
+%11: f32[M, K] = div(%10, %2)
+%12: bf16[M, K] = sigmoid(%11)
+store %6
+store %8
+quantize %12
+sum_rows %7: f32"""
+WIDTHS = {
+    "layer_norm": 1280, "layer_norm_backward": 1280, "rms_norm_backward": 4096, "gelu": 5120, "gelu_backward": 5120,
+    "swiglu": 14336, "swiglu_backward": 14336, "masks": 1280,
+}  # fmt: skip
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1"}
+
+
+def signature_of(program: RowProgram) -> dict[str, str]:
+    """Types of the arguments of a program's `row_kernel`, but its constants."""
+    types = {}
+    for number, value in enumerate(program.inputs):
+        types[f"in{number}"] = POINTERS[value.dtype]
+        if value.shape is Shape.MATRIX:
+            types[f"stride{number}"] = "i32"
+    for number, output in enumerate(program.outputs):
+        stored = POINTERS[program.value(output.ref).dtype]
+        types[f"out{number}"] = {Action.STORE: stored, Action.QUANTIZE: "*i8", Action.SUM_ROWS: "*fp32"}[output.action]
+        if output.action is Action.QUANTIZE:
+            types[f"scale{number}"] = "*fp32"
+    return types | {"num_rows": "i32"}
+
+
+def compile_for(
+    capability: int, kernel: object, types: dict[str, str], constants: dict[str, object], num_warps: int
+) -> CompiledKernel:
+    names = kernel.arg_names
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types if not name.startswith("num")}
+    kernel_source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    compiled = triton.compile(kernel_source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    assert "st.local" not in ptx and "ld.local" not in ptx, "registers spill"
+    return compiled
 
 
 def main() -> None:
     """Every program at a width that models have; the last line that it prints says that all is well."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from swcompile.kernels.row_program_triton import PIECE_PER_WARP, candidates, compile_source, source
-
-    pointers = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-    for name, num_columns in (
-        ("layer_norm", 1280), ("layer_norm_backward", 1280), ("rms_norm_backward", 4096), ("gelu", 5120), ("gelu_backward", 5120),
-        ("swiglu", 14336), ("swiglu_backward", 14336),
-    ):  # fmt: skip
-        program = parse(PROGRAMS[name])
+    for name, num_columns in WIDTHS.items():
+        program = parse(PROGRAMS.get(name, MASKS))
         config = candidates(program, num_columns)[0]
         width = PIECE_PER_WARP * config.warps_per_row
-        kernel = compile_source(source(program, triton.cdiv(num_columns, width))).row_kernel
-        signature = {}
-        for number, value in enumerate(program.inputs):
-            signature[f"in{number}"] = pointers[value.dtype]
-            if value.shape is Shape.MATRIX:
-                signature[f"stride{number}"] = "i32"
-        for number, output in enumerate(program.outputs):
-            stored = pointers[program.value(output.ref).dtype]
-            signature[f"out{number}"] = {Action.STORE: stored, Action.QUANTIZE: "*i8", Action.SUM_ROWS: "*fp32"}[output.action]
-            if output.action is Action.QUANTIZE:
-                signature[f"scale{number}"] = "*fp32"
-        signature["num_rows"] = "i32"
-        names = kernel.arg_names
-        aligned = {(names.index(argument),): [["tt.divisibility", 16]] for argument in signature if argument != "num_rows"}
+        module = compile_source(source(program, triton.cdiv(num_columns, width)))
         constants = {"K": num_columns, "BLOCK_M": config.num_warps // config.warps_per_row, "WIDTH": width}
         constants |= {"EVEN_M": True, "EVEN_K": num_columns % width == 0}
         for capability in (80, 90):
-            compiled = triton.compile(
-                ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
-                target=GPUTarget("cuda", capability, 32),
-                options={"num_warps": config.num_warps, "enable_fp_fusion": False},
-            )
-            ptx = compiled.asm["ptx"]
-            assert "st.local" not in ptx and "ld.local" not in ptx, name
-            loads = [line for line in ptx.splitlines() if "ld.global" in line and ".v4" in line]
-            assert loads, f"{name}: no load of 16 bytes"
+            types = signature_of(program)
+            compiled = compile_for(capability, module.row_kernel, types, constants, config.num_warps)
+            lines = compiled.asm["ptx"].splitlines()
+            assert any("ld.global" in line and ".v4" in line for line in lines), f"{name}: no load of 16 bytes"
             print(name, capability, "shared memory", compiled.metadata.shared)
+        sums = {f"out{n}": POINTERS[o.dtype] for n, o in enumerate(program.outputs) if o.action is Action.SUM_ROWS}
+        if sums:
+            types = {"partial": "*fp32", **sums, "num_programs": "i32"}
+            compile_for(90, module.sum_kernel, types, {"K": num_columns, "BLOCK_P": 64, "BLOCK_K": 64}, 4)
     print("all compiled")
 
 
