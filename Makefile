@@ -22,8 +22,10 @@ lint: $(ready)
 	$(RUN) -m mypy
 
 bench: $(ready)
+	$(RUN) -m pip install -q -e '.[benchmarks]'
 	$(RUN) benchmarks/kernel_speed.py
-	$(RUN) benchmarks/train_step.py
+	$(RUN) benchmarks/train_step.py --peers
+	$(RUN) benchmarks/layer_speed.py --sweep --plot runs/layer_speed.png
 	$(RUN) benchmarks/optimizer_step.py
 
 docs: $(ready)
