@@ -1,32 +1,20 @@
-"""A Triton kernel for a row program: its source, its configurations, its launch.
+"""Runs a row program by the Triton kernel that `row_program_source.py` writes: configurations, launch.
 
-A row is cut into pieces of equal width, one variable each: 8 adjacent elements a thread, so that all loads and stores
-have one layout and nothing moves between threads but what is reduced. The pieces stay in registers from the loads to
-the stores. Shapes: M rows, K features a row.
+Shapes: M rows, K features a row.
 """
 
 import hashlib
-import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
-from swcompile.kernels import int8, row_math
+from swcompile.kernels import int8, row_math, row_program_source
 from swcompile.kernels.launch import device_facts, triton
 from swcompile.kernels.quantize_rowwise import PIECE_PER_WARP
-from swcompile.kernels.row_program import (
-    POINTWISE,
-    Action,
-    Output,
-    Ref,
-    RowProgram,
-    Shape,
-    Step,
-    Value,
-    matrix_size,
-)
+from swcompile.kernels.row_program import Action, RowProgram, Shape, matrix_size
+from swcompile.kernels.row_program_source import source
 from swcompile.kernels.tuning import Tuner, bucket
 
 MAX_PIECES = 8
@@ -152,7 +140,9 @@ def candidates(program: RowProgram, num_columns: int) -> list[RowConfig]:
     return [config._replace(programs_each=each * max(1, 16 // config.num_warps)) for config in likeliest for each in (1, 2)]
 
 
-TUNER: Tuner[RowConfig] = Tuner("map_rows", [__file__, int8.__file__, row_math.__file__])
+TUNER: Tuner[RowConfig] = Tuner(
+    "map_rows", [__file__, int8.__file__, row_math.__file__, row_program_source.__file__]
+)
 
 
 @cache
@@ -166,250 +156,3 @@ def compile_source(text: str) -> Any:
     from torch._inductor.codecache import PyCodeCache  # 2 s to import where Inductor is not
 
     return PyCodeCache.load(text)
-
-
-@cache
-def source(program: RowProgram, num_pieces: int) -> str:
-    """The source of a module with the Triton function `row_kernel` for rows of so many pieces.
-
-    A program that sums rows leaves a sum for each program of its grid; `sum_kernel` adds these, in the same order always.
-    """
-    return _Writer(program, num_pieces).write()
-
-
-_HEADER = '''\
-"""Row program:
-
-{program}
-"""
-
-import triton
-import triton.language as tl
-
-from swcompile.kernels.int8 import magnitude_bits, round_to_int8, scale_and_inverse
-from swcompile.kernels.row_math import erf, exp, inverse_of_positive, larger, relu, sigmoid, tanh
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def row_kernel(
-    {arguments}, num_rows,
-    K: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, EVEN_M: tl.constexpr, EVEN_K: tl.constexpr,
-):
-    columns = tl.zeros([BLOCK_M, 1], tl.int32) + tl.arange(0, WIDTH)[None, :]
-'''
-
-_SUM_KERNEL = '''
-
-@triton.jit
-def sum_kernel(partial, {totals}, num_programs, K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr):
-    columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    start = partial + tl.program_id(1).to(tl.int64) * num_programs * K
-    sums = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
-    for first in range(0, num_programs, BLOCK_P):
-        rows = (first + tl.arange(0, BLOCK_P))[:, None]
-        sums += tl.load(start + rows * K + columns[None, :], mask=(rows < num_programs) & (columns < K)[None, :], other=0.0)
-    total = tl.sum(sums, axis=0)
-'''
-
-_TRITON_DTYPES = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", torch.float32: "tl.float32"}
-
-
-class _Writer:
-    """Writes the lines of a kernel, each value when it is first needed: a thread then holds few at a time."""
-
-    def __init__(self, program: RowProgram, num_pieces: int):
-        self.program = program
-        self.pieces = range(num_pieces)
-        self.lines: list[str] = []
-        self.written: set[str] = set()
-
-    def write(self) -> str:
-        program = self.program
-        arguments = []
-        for number, value in enumerate(program.inputs):
-            arguments += [f"in{number}", f"stride{number}"] if value.shape is Shape.MATRIX else [f"in{number}"]
-        for number, output in enumerate(program.outputs):
-            arguments += [f"out{number}"] + ([f"scale{number}"] if output.action is Action.QUANTIZE else [])
-        header = _HEADER.format(program=program, arguments=", ".join(arguments))
-        sums = [number for number, output in enumerate(program.outputs) if output.action is Action.SUM_ROWS]
-        for number in sums:
-            for i in self.pieces:
-                self._line(f"sum{number}_{i} = tl.zeros([BLOCK_M, WIDTH], tl.float32)")
-        self._line("for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):")
-        self._tile()
-        for number in sums:
-            for i in self.pieces:
-                where = f"tl.arange(0, WIDTH) + {i} * WIDTH"
-                self._line(
-                    f"tl.store(out{number} + tl.program_id(0).to(tl.int64) * K + {where}, tl.sum(sum{number}_{i}, axis=0)"
-                    + (f", mask={where} < K)" if self._is_cut(i) else ")")
-                )
-        return header + "\n".join(f"    {line}" for line in self.lines) + "\n" + (self._sum_kernel(sums) if sums else "")
-
-    def _sum_kernel(self, sums: list[int]) -> str:
-        lines = [_SUM_KERNEL.format(totals=", ".join(f"out{number}" for number in sums)).rstrip()]
-        for position, number in enumerate(sums):
-            dtype = self.program.outputs[number].dtype
-            assert dtype is not None
-            lines.append(f"    if tl.program_id(1) == {position}:")
-            lines.append(f"        tl.store(out{number} + columns, total.to({_TRITON_DTYPES[dtype]}), mask=columns < K)")
-        return "\n".join(lines) + "\n"
-
-    def _line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def _is_cut(self, piece: int) -> bool:
-        """Whether a piece may reach beyond the end of the row."""
-        return piece == self.pieces[-1]
-
-    def _tile(self) -> None:
-        """The body of the loop over tiles of rows."""
-        start = len(self.lines)
-        # Rows beyond the last repeat it: the same bits are written twice, and no mask is needed.
-        self._line("first = tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]")
-        self._line("rows = tl.minimum(first, num_rows - 1).to(tl.int64)")
-        self._line("is_row = first < num_rows")
-        if self.pieces:
-            self._line(f"in_row = columns + {self.pieces[-1]} * WIDTH < K")
-        for number, value in enumerate(self.program.inputs):  # all loads are under way before the first is waited for
-            if value.shape is Shape.MATRIX:
-                for i in self.pieces:
-                    self._matrix(Ref(number), i)
-        for number, output in enumerate(self.program.outputs):
-            if self.program.value(output.ref).shape is Shape.COLUMN:
-                self._line(f"tl.store(out{number} + rows, {self._column(output.ref)})")
-        matrices = [
-            (number, output)
-            for number, output in enumerate(self.program.outputs)
-            if self.program.value(output.ref).shape is Shape.MATRIX
-        ]
-        for i in self.pieces:
-            for number, output in matrices:
-                self._finish(number, output, i)
-        for number, output in matrices:
-            if output.action is Action.QUANTIZE:
-                self._quantize(number, output.ref)
-        self.lines[start:] = [f"    {line}" for line in self.lines[start:]]
-
-    def _finish(self, number: int, output: Output, i: int) -> None:
-        """What is done with a piece of an output as soon as it is there."""
-        name = self._matrix(output.ref, i)
-        if output.action is Action.STORE:
-            self._store(f"out{number}", name, i)
-        elif output.action is Action.SUM_ROWS:
-            self._line(f"sum{number}_{i} += {name} if EVEN_M else tl.where(is_row, {name}, 0.0)")
-        else:
-            bits = self._within(f"magnitude_bits({name})", i, "0")
-            self._line(f"bits{number} = {bits if i == 0 else f'tl.maximum(bits{number}, {bits})'}")
-
-    def _quantize(self, number: int, ref: Ref) -> None:
-        self._line(f"s{number}, inverse{number} = scale_and_inverse(tl.max(bits{number}, axis=1, keep_dims=True))")
-        for i in self.pieces:
-            self._store(f"out{number}", f"round_to_int8({self._matrix(ref, i)}, inverse{number})", i)
-        self._line(f"tl.store(scale{number} + rows, s{number})")
-
-    def _store(self, pointer: str, value: str, i: int) -> None:
-        place = f"{pointer} + rows * K + (columns + {i} * WIDTH)"
-        if self._is_cut(i):
-            self._line(f"tl.store({place}, {value}, mask=None if EVEN_K else in_row)")
-        else:
-            self._line(f"tl.store({place}, {value})")
-
-    def _within(self, value: str, i: int, other: str) -> str:
-        """A value of a piece, with `other` beyond the end of the row."""
-        return f"({value} if EVEN_K else tl.where(in_row, {value}, {other}))" if self._is_cut(i) else value
-
-    def _load(self, place: str, i: int) -> str:
-        return f"tl.load({place}, mask=None if EVEN_K else in_row)" if self._is_cut(i) else f"tl.load({place})"
-
-    def _matrix(self, ref: Ref, i: int) -> str:
-        """The name of a piece of a matrix or of a row of features, written where it is not yet."""
-        value = self.program.value(ref)
-        name = f"v{ref.index}_{i}"
-        if name in self.written:
-            return name
-        self.written.add(name)
-        if ref.index < len(self.program.inputs):
-            start = f"in{ref.index}" + (f" + rows * stride{ref.index}" if value.shape is Shape.MATRIX else "")
-            self._line(f"{name} = {self._load(f'{start} + (columns + {i} * WIDTH)', i)}")
-        else:
-            self._step(name, self._step_of(ref), i)
-        return name
-
-    def _column(self, ref: Ref) -> str:
-        """The name of a column, written where it is not yet."""
-        name = f"c{ref.index}"
-        if name in self.written:
-            return name
-        self.written.add(name)
-        if ref.index < len(self.program.inputs):
-            self._line(f"{name} = tl.load(in{ref.index} + rows)")
-            return name
-        step = self._step_of(ref)
-        if step.op in POINTWISE:
-            self._step(name, step, None)
-            return name
-        (argument,) = step.args
-        join, reduce, other = {
-            "sum": ("{0} + {1}", "tl.sum({0}, axis=1, keep_dims=True)", "0.0"),
-            "amax": ("larger({0}, {1})", "tl.reduce({0}, 1, larger, keep_dims=True)", 'float("-inf")'),
-        }[step.op]
-        for i in self.pieces:
-            term = self._within(self._argument(argument, i), i, other)
-            self._line(f"{name} = {term if i == 0 else join.format(name, term)}")
-        self._line(f"{name} = {_rounded(reduce.format(name), step.value)}")
-        return name
-
-    def _step(self, name: str, step: Step, i: int | None) -> None:
-        arguments = [self._argument(argument, i) for argument in step.args]
-        template = POINTWISE[step.op].source
-        if step.op == "where":
-            arguments[0] = f"({arguments[0]} != 0.0)"
-        if step.op == "div":
-            template, arguments[1] = self._division(step.args[1], arguments[1])
-        self._line(f"{name} = {_rounded(template.format(*arguments), step.value)}")
-
-    def _division(self, divisor: Ref | float, argument: str) -> tuple[str, str]:
-        """(source of the division, its second argument)."""
-        if isinstance(divisor, Ref):
-            return ("{0} * inverse_of_positive({1})" if self._is_above_one(divisor) else "{0} / {1}"), argument
-        if 2.0**-100 <= abs(divisor) <= 2.0**100:
-            return "{0} * {1}", _number(1.0 / divisor)
-        return "{0} / {1}", argument
-
-    def _is_above_one(self, ref: Ref) -> bool:
-        """Whether a value is 1 or more for sure: ``1 + e^x``, which silu divides by."""
-        if ref.index < len(self.program.inputs):
-            return False
-        step = self._step_of(ref)
-        numbers = [argument for argument in step.args if isinstance(argument, float)]
-        refs = [argument for argument in step.args if isinstance(argument, Ref)]
-        if step.op != "add" or len(numbers) != 1 or numbers[0] < 1 or refs[0].index < len(self.program.inputs):
-            return False
-        return self._step_of(refs[0]).op == "exp"
-
-    def _argument(self, argument: Ref | float, i: int | None) -> str:
-        """An argument of a step, in float32."""
-        if isinstance(argument, float):
-            return _number(argument)
-        value = self.program.value(argument)
-        if value.shape is Shape.COLUMN:
-            name = self._column(argument)
-        else:
-            assert i is not None, "a column comes from columns and numbers alone"
-            name = self._matrix(argument, i)
-        return name if value.dtype == torch.float32 else f"{name}.to(tl.float32)"
-
-    def _step_of(self, ref: Ref) -> Step:
-        return self.program.steps[ref.index - len(self.program.inputs)]
-
-
-def _rounded(expression: str, value: Value) -> str:
-    """What a step computes, in the dtype of its value; a comparison is bool already."""
-    if value.dtype == torch.bool:
-        return f"({expression}) != 0"
-    return expression if value.dtype == torch.float32 else f"({expression}).to({_TRITON_DTYPES[value.dtype]})"
-
-
-def _number(value: float) -> str:
-    return repr(value) if math.isfinite(value) else f'float("{value}")'

@@ -7,7 +7,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from swcompile.kernels.row_program import Action, RowProgram, Shape, parse
-from swcompile.kernels.row_program_triton import PIECE_PER_WARP, candidates, compile_source, source
+from swcompile.kernels.row_program_source import source
+from swcompile.kernels.row_program_triton import PIECE_PER_WARP, candidates, compile_source
 
 MASKS = """\
 %0: bf16[M, K] = input

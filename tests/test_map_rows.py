@@ -13,7 +13,8 @@ from row_programs import PROGRAMS, make_inputs
 from swcompile.kernels.launch import triton
 from swcompile.kernels.map_rows import map_rows_reference, map_rows_triton
 from swcompile.kernels.row_program import POINTWISE, Action, parse
-from swcompile.kernels.row_program_triton import MAX_COLUMNS, RowConfig, candidates, launch_config, source
+from swcompile.kernels.row_program_source import source
+from swcompile.kernels.row_program_triton import MAX_COLUMNS, RowConfig, candidates, launch_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernel runs in Triton's interpreter on the latter
 DTYPES = ["f16", "f32"] + (["bf16"] if DEVICE == "cuda" else [])  # the interpreter cuts bits off in a cast to bfloat16
