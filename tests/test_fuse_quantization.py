@@ -334,6 +334,7 @@ ODD: dict[str, tuple[Callable[..., torch.Tensor], tuple[int, ...]]] = {
     "a number in bfloat16": (lambda m, x: m.layer(x * torch.full((), 0.1, dtype=torch.bfloat16)), (8, 32)),
     "a constant choice": (lambda m, x: m.layer(torch.where(torch.full((), True), x.sigmoid(), x)), (8, 32)),
     "scaled addition": (lambda m, x: m.layer(torch.add(x.sigmoid(), x, alpha=3)), (8, 32)),
+    "read on the way": (lambda m, x: m.layer((y := x.sigmoid()) * y.cumsum(-1)), (8, 32)),
     "many results": (
         lambda m, x: m.layer(y := x.tanh()) + sum(m.layer(y := y.tanh()).relu() * y.cumsum(-1) for _ in range(9)),
         (8, 32),
