@@ -83,13 +83,13 @@ def map_rows_triton(inputs: Sequence[torch.Tensor], program: str) -> list[torch.
     num_rows, num_columns = matrix_size(inputs, parsed)
     if num_columns > MAX_COLUMNS:
         raise ValueError(f"map_rows: K={num_columns}, but a kernel holds rows of up to {MAX_COLUMNS}")
-    outputs = empty_outputs(inputs, parsed)
     if num_rows == 0 or num_columns == 0:
         return map_rows_reference(inputs, program)
     readable = [
         with_unit_inner_stride(tensor) if value.shape is Shape.MATRIX else tensor.contiguous()
         for tensor, value in zip(inputs, parsed.inputs, strict=True)
     ]
+    outputs = empty_outputs(inputs, parsed)
     launch(readable, parsed, outputs)
     return outputs
 

@@ -65,12 +65,11 @@ def launch_config(
     pointers: list[Any] = []
     for tensor, value in zip(inputs, program.inputs, strict=True):
         pointers += [tensor, tensor.stride(0)] if value.shape is Shape.MATRIX else [tensor]
-    totals = [t for t, action in zip(outputs, _actions(program), strict=True) if action is Action.SUM_ROWS]
-    device = inputs[0].device
-    partial = torch.empty((len(totals), num_programs, num_columns), dtype=torch.float32, device=device)
+    actions = _actions(program)
+    totals = [tensor for tensor, action in zip(outputs, actions, strict=True) if action is Action.SUM_ROWS]
+    partial = inputs[0].new_empty((len(totals), num_programs, num_columns), dtype=torch.float32)
     parts = iter(partial)
-    for tensor, action in zip(outputs, _actions(program), strict=True):
-        pointers.append(next(parts) if action is Action.SUM_ROWS else tensor)
+    pointers += [next(parts) if action is Action.SUM_ROWS else t for t, action in zip(outputs, actions, strict=True)]
     module = compile_source(source(program, triton.cdiv(num_columns, width)))
     module.row_kernel[(num_programs,)](
         *pointers,
@@ -109,6 +108,7 @@ def empty_outputs(inputs: Sequence[torch.Tensor], program: RowProgram) -> list[t
     return results
 
 
+@cache
 def _actions(program: RowProgram) -> list[Action]:
     """What each output tensor is of."""
     return [o.action for o in program.outputs for _ in range(2 if o.action is Action.QUANTIZE else 1)]

@@ -70,7 +70,7 @@ def switchback(
     names = parameter_names(gm, example_inputs)
     _check_patterns(recipe, gm, names)
     devices = {value.device for value in example_inputs if isinstance(value, torch.Tensor)}
-    is_e4m3 = recipe.grad_weight is not None and recipe.grad_weight.number_format is E4M3
+    is_e4m3 = recipe.grad_weight is not None and recipe.grad_weight.number_format == E4M3
     for device in devices:
         if device.type == "cuda":
             require_supported_gpu(device.index, e4m3.OLDEST_CAPABILITY if is_e4m3 else OLDEST_CAPABILITY)

@@ -142,7 +142,7 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
         quantize_other, activation_kernels = other_rows * (k + 4) / rates.quantize, 0
     quantize_other += activation_kernels * rates.kernel
     quantize_weight += weight_kernels * rates.kernel
-    rate = rates.int8_matmul if gemm.number_format is INT8 else rates.e4m3_matmul
+    rate = rates.int8_matmul if gemm.number_format == INT8 else rates.e4m3_matmul
     return _Times(
         original=original,
         quantized=max(multiply.flops / rate if rate else math.inf, multiply.bytes / rates.quantize)

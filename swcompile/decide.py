@@ -106,7 +106,7 @@ def _impossible(matmul: Matmul, gemm: GemmFormat) -> str:
         return f"no {name} kernel for device {value.device.type}"
     if matmul.node.target in (aten.mv.default, aten.addmv.default):
         return "a matrix-vector product: bound by reading the weight once"
-    if gemm.number_format is INT8 and matmul.shape[2] > MAX_K:
+    if gemm.number_format == INT8 and matmul.shape[2] > MAX_K:
         return f"sums over {matmul.shape[2]} > {MAX_K} products, which may overflow int32"
     if value.dim() == 3 and facts.sizes(matmul.node)[0] != 1:
         batch = facts.sizes(matmul.node)[0]

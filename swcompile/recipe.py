@@ -59,7 +59,7 @@ class GemmFormat:
                 f"GemmFormat: other is {self.other}, but must be Scaling.VECTOR, as scaled_mm takes a scale for each "
                 "row of an activation or gradient; give the weight one scale with weight=Scaling.TENSOR"
             )
-        if self.number_format is E4M3 and self.weight is not Scaling.VECTOR:
+        if self.number_format == E4M3 and self.weight is not Scaling.VECTOR:
             raise ValueError("GemmFormat: e4m3 takes a scale for each channel: weight=Scaling.VECTOR")
 
 
@@ -95,7 +95,7 @@ class Recipe:
             _check(f"Recipe: {role}", getattr(self, role), (GemmFormat, type(None)), "a GemmFormat or None")
         for role in ("output", "grad_input"):
             gemm = getattr(self, role)
-            if gemm is not None and gemm.number_format is not INT8:
+            if gemm is not None and gemm.number_format != INT8:
                 raise ValueError(f"Recipe: {role} is in {gemm.number_format.name}, but only grad_weight can be")
         for flag in ("save_int8_activations", "strict", "skip_slower"):
             _check(f"Recipe: {flag}", getattr(self, flag), bool, "True or False")

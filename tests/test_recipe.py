@@ -1,5 +1,6 @@
 """Recipes are data: what the named ones say, how options change them, and the errors for wrong options."""
 
+import copy
 import dataclasses
 import re
 from typing import Any
@@ -186,3 +187,8 @@ def test_fuse_is_true_false_or_none(value: Any) -> None:
     with pytest.raises(ValueError, match="option 'fuse' is .*; it takes True or False"):
         make_recipe({"fuse": value})
     assert [make_recipe({"fuse": fuse}).fuse for fuse in (True, False, None)] == [True, False, None]
+
+
+def test_a_copied_recipe_is_the_same_recipe() -> None:
+    recipe = copy.deepcopy(RECIPES["switchback_full"]())
+    assert recipe == RECIPES["switchback_full"]() and dataclasses.replace(recipe, strict=True).strict

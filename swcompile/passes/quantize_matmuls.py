@@ -149,7 +149,7 @@ class _Rewriter:
         swap = matmul.weight_on_left and (gemm.weight is Scaling.TENSOR or value.dim() == 3)
         scalings = [gemm.weight, gemm.other] if matmul.weight_on_left else [gemm.other, gemm.weight]
         total = _sum_of(node)
-        bias = None if swap or gemm.number_format is not INT8 else _bias(total, matmul)
+        bias = None if swap or gemm.number_format != INT8 else _bias(total, matmul)
         adds = total.alpha != 1 or (total.addend is not None and bias is None)
         with self.graph.inserting_before(node):
             operands = [self._matrix(matmul, left=True), self._matrix(matmul, left=False)]
@@ -157,7 +157,7 @@ class _Rewriter:
                 operands = [self._transpose(operand, node) for operand in reversed(operands)]
                 scalings.reverse()
             dtype = torch.float32 if adds else value.dtype
-            if gemm.number_format is E4M3:
+            if gemm.number_format == E4M3:
                 a_q, a_scale = self._quantize_channels(operands[0], node, transposed=False)
                 b_q, b_scale = self._quantize_channels(operands[1], node, transposed=True)
                 out = emit(self.graph, SCALED_MM_E4M3, a_q, b_q, a_scale, b_scale, dtype, like=node)
