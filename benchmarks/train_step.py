@@ -173,9 +173,12 @@ def cosine(model: nn.Module, reference: dict[str, torch.Tensor]) -> float:
 
 
 def measure(
-    workload: Workload, names: list[str], rounds: int, options: dict[str, Any], *, gradients: bool
+    workload: Workload, names: list[str], rounds: int, options: dict[str, Any], *, gradients: bool, kernels: bool
 ) -> list[dict[str, Any]]:
-    """One row a route: seconds to compile, ms a step, GiB at the peak; the cosine of its gradients if asked for."""
+    """One row a route: seconds to compile, ms a step, GiB at the peak; the cosine of its gradients if asked for.
+
+    `kernels` also prints the GPU time of each.
+    """
     reference = float32_gradients(workload) if gradients else {}
     routes: dict[str, Route] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -219,6 +222,8 @@ def measure(
             end_event.record()
             torch.cuda.synchronize()
             times[name].append(start_event.elapsed_time(end_event))
+    for name, route in routes.items() if kernels else ():
+        print(f"\n{name}\n{breakdown(route.step)}", flush=True)
     for name, samples in times.items():
         quartiles = statistics.quantiles(samples, n=4)
         rows[name] |= {"ms": statistics.median(samples), "spread ms": quartiles[2] - quartiles[0]}
@@ -268,18 +273,11 @@ def main() -> None:
     for name in args.workloads:
         torch.manual_seed(0)
         workload = WORKLOADS[name]()
-        rows = measure(workload, names, args.rounds, options, gradients=args.gradients)
+        rows = measure(workload, names, args.rounds, options, gradients=args.gradients, kernels=args.breakdown)
         text.append(f"## {workload.description}\n\n{markdown_table(rows, {'route': '', **columns})}")
         print(text[-1], flush=True)
         if args.report:
             print(swcompile.reports()[-1])
-        if args.breakdown:
-            for route in names:
-                torch._dynamo.reset()
-                step = make_route(workload, route, options).step
-                for _ in range(3):
-                    step()
-                print(f"\n{name}, {route}\n{breakdown(step)}", flush=True)
         del workload
         gc.collect()
         torch.cuda.empty_cache()

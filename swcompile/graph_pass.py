@@ -6,9 +6,16 @@ from typing import Any
 
 from torch import fx
 from torch._inductor import config as inductor_config
-from torch._inductor.custom_graph_pass import CustomGraphPass, CustomInferenceAwareGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from swcompile.pipeline import Pass, pass_identity, run_passes, source_fingerprint
+
+try:
+    from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
+except ImportError:  # torch 2.11 hands every pass the graph alone
+
+    class CustomInferenceAwareGraphPass(CustomGraphPass):  # type: ignore[no-redef]
+        """No pass is one."""
 
 
 class GraphPass(CustomGraphPass):
