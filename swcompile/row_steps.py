@@ -96,8 +96,10 @@ class Frame(NamedTuple):
     @classmethod
     def of(cls, node: fx.Node) -> "Frame | None":
         """The frame of a value whose last dimension is the features; None where their number is not fixed."""
-        value = node.meta["val"]
-        if value.dim() < 2 or not isinstance(value.shape[-1], int) or value.shape[-1] < 2:
+        value: Any = node.meta["val"]
+        if not isinstance(value, torch.Tensor) or value.dim() < 2:
+            return None
+        if not isinstance(value.shape[-1], int) or value.shape[-1] < 2:
             return None
         return cls(value.numel() // value.shape[-1], value.shape[-1])
 
