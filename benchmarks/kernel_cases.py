@@ -153,7 +153,6 @@ def row_program_cases(only: str) -> Iterable[Case]:
                 unit=MEMORY,
                 operands=rotated(partial(_program_inputs, text, width)),
                 run=partial(_run_program, text),
-                tuner=row_program_triton.TUNER,
                 candidates=row_program_triton.candidates(program, width),
                 launch=partial(_launch_program, text),
             )
@@ -169,7 +168,7 @@ def _run_program(text: str, *inputs: torch.Tensor) -> list[torch.Tensor]:
 
 def _launch_program(text: str, config: Any, *inputs: torch.Tensor) -> None:
     program = parse(text)
-    row_program_triton.launch_config(config, inputs, program, row_program_triton.empty_outputs(inputs, program))
+    row_program_triton.launch(inputs, program, row_program_triton.empty_outputs(inputs, program), config)
 
 
 def _launch_rowwise(config: RowwiseConfig, x: torch.Tensor) -> None:

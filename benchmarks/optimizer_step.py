@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from kernel_speed import copy_gb_s
-from reporting import header, markdown_table, write
+from reporting import add_workloads, header, markdown_table, write
 from torch import nn
 
 from swcompile import StableAdamW
@@ -113,8 +113,7 @@ def measure(workload: str, num_rounds: int, floor_ms: float) -> list[dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="*", default=list(WORKLOADS), choices=[*WORKLOADS, []], metavar="WORKLOAD",
-                        help=f"what to run: {', '.join(WORKLOADS)} (default: all)")  # fmt: skip
+    add_workloads(parser, WORKLOADS, list(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=20, help="timed steps a route (default: 20)")
     parser.add_argument("--output", help="also write the tables to this markdown file")
     args = parser.parse_args()

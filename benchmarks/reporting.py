@@ -1,9 +1,10 @@
 """What every benchmark prints: where it ran, and its table."""
 
+import argparse
 import datetime
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,21 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
     widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
     lines = [list(columns), ["-" * width for width in widths], *cells]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def add_workloads(parser: argparse.ArgumentParser, known: Collection[str], default: Sequence[str]) -> None:
+    """Let the command line name the workloads to run."""
+
+    def workload(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(known)}")
+        return text
+
+    names = "all" if set(default) == set(known) else " ".join(default)
+    parser.add_argument(
+        "workloads", nargs="*", type=workload, default=list(default), metavar="WORKLOAD",
+        help=f"what to run: {', '.join(known)} (default: {names})",
+    )  # fmt: skip
 
 
 def write(parts: Sequence[str], output: str | None) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from reporting import header, markdown_table, write
+from reporting import add_workloads, header, markdown_table, write
 from torch import nn
 
 import swcompile
@@ -248,8 +248,7 @@ def breakdown(step: Callable[[], None], top: int = 30) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="*", default=["vit_h", "llama"], choices=[*WORKLOADS, []], metavar="WORKLOAD",
-                        help=f"what to run: {', '.join(WORKLOADS)} (default: vit_h llama)")  # fmt: skip
+    add_workloads(parser, WORKLOADS, ["vit_h", "llama"])
     parser.add_argument("--recipes", nargs="+", default=["switchback", "switchback_m"], choices=list(swcompile.RECIPES))
     parser.add_argument("--peers", action="store_true", help=f"also run {'; '.join(PEERS)}")
     parser.add_argument("--unfused", action="store_true", help="also run the first recipe without fused quantisation")

@@ -46,6 +46,8 @@ class DeviceFacts(NamedTuple):
     name: str
     capability: tuple[int, int]
     num_multiprocessors: int
+    shared_memory: int
+    """Bytes of a multiprocessor."""
 
 
 @cache
@@ -57,10 +59,13 @@ def device_facts(device: torch.device) -> DeviceFacts:
                 "a Triton kernel was given a CPU tensor outside the interpreter; call the op or its reference "
                 "instead, or set TRITON_INTERPRET=1 before the first import"
             )
-        return DeviceFacts("interpreter", (9, 0), 3)
+        return DeviceFacts("interpreter", (9, 0), 3, 0)
     properties = torch.cuda.get_device_properties(device)
     return DeviceFacts(
-        properties.name, (properties.major, properties.minor), properties.multi_processor_count
+        properties.name,
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        properties.shared_memory_per_multiprocessor,
     )
 
 

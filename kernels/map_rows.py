@@ -40,7 +40,7 @@ def map_rows(inputs: Sequence[torch.Tensor], program: RowProgram) -> list[torch.
     Raises:
         ValueError: shapes or dtypes other than the program's.
     """
-    return MAP_ROWS(list(inputs), str(program))
+    return MAP_ROWS(list(inputs), program.text)
 
 
 def map_rows_reference(inputs: Sequence[torch.Tensor], program: str) -> list[torch.Tensor]:

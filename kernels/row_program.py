@@ -118,13 +118,21 @@ class RowProgram:
         return self.inputs[ref.index] if is_input else self.steps[ref.index - len(self.inputs)].value
 
     def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    @property
+    def text(self) -> str:
+        """The program in one line, as operators take it: Inductor writes their arguments into one-line comments."""
+        return "; ".join(self._lines())
+
+    def _lines(self) -> list[str]:
         lines = [f"%{number}: {value} = input" for number, value in enumerate(self.inputs)]
         for number, step in enumerate(self.steps, len(self.inputs)):
             lines.append(f"%{number}: {step.value} = {step.op}({', '.join(map(_format_argument, step.args))})")
         for output in self.outputs:
             suffix = f": {_SHORT[output.dtype]}" if output.dtype else ""
             lines.append(f"{output.action.value} {output.ref}{suffix}")
-        return "\n".join(lines)
+        return lines
 
     def num_flops(self, num_columns: int) -> int:
         """Arithmetic operations a row, one for each step and feature, whatever the step costs on a device."""
@@ -153,7 +161,7 @@ _END = re.compile(r"(store|quantize|sum_rows) %(\d+)(?:: (\w+))?")
 
 @cache
 def parse(text: str) -> RowProgram:
-    """Read the text of a program.
+    """Read the text of a program: a step a line, or several with semicolons between them.
 
     Raises:
         ValueError: a line that is none, a step that is not known, or one with wrong arguments.
@@ -161,7 +169,7 @@ def parse(text: str) -> RowProgram:
     inputs: list[Value] = []
     steps: list[Step] = []
     outputs: list[Output] = []
-    for line in filter(None, map(str.strip, text.splitlines())):
+    for line in filter(None, map(str.strip, re.split(r"[;\n]", text))):
         if found := _END.fullmatch(line):
             dtype = _DTYPES[found[3]] if found[3] else None
             outputs.append(Output(Action(found[1]), Ref(int(found[2])), dtype))

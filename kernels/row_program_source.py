@@ -1,16 +1,17 @@
 """Writes the Triton kernel of a row program.
 
-A row is cut into pieces of equal width, one variable each: 8 adjacent elements a thread, so that all loads and stores
-have one layout and nothing moves between threads but what is reduced. The pieces stay in registers from the loads to
-the stores. Shapes: M rows, K features a row.
+A row is cut into pieces of equal width, one variable each: as many adjacent elements a thread, so that all loads and
+stores have one layout and nothing moves between threads but what is reduced. The pieces stay in registers from the
+loads to the stores. A product that a sum alone reads is part of a fused multiply-add. Shapes: M rows, K features a row.
 """
 
 import math
+from collections import Counter
 from functools import cache
 
 import torch
 
-from swcompile.kernels.row_program import POINTWISE, Action, Output, Ref, RowProgram, Shape, Step, Value
+from swcompile.kernels.row_program import POINTWISE, Action, Output, Ref, RowProgram, Shape, Step
 
 
 @cache
@@ -32,7 +33,7 @@ import triton
 import triton.language as tl
 
 from swcompile.kernels.int8 import magnitude_bits, round_to_int8, scale_and_inverse
-from swcompile.kernels.row_math import erf, exp, inverse_of_positive, larger, relu, sigmoid, tanh
+from swcompile.kernels.row_math import erf, exp, inverse_of_positive, larger, relu, sigmoid, tanh, to_bfloat16
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -67,6 +68,16 @@ class _Writer:
         self.pieces = range(num_pieces)
         self.lines: list[str] = []
         self.written: set[str] = set()
+        arguments = [arg for step in program.steps for arg in step.args if isinstance(arg, Ref)]
+        self.num_readers = Counter(arguments + [output.ref for output in program.outputs])
+        quantized = {output.ref for output in program.outputs if output.action is Action.QUANTIZE}
+        # Where both arguments have 16 bits, the compiler finds an instruction for two results.
+        self.packed = {
+            step
+            for index, step in enumerate(program.steps, len(program.inputs))
+            if Ref(index) in quantized
+            and any(isinstance(arg, float) or program.value(arg).dtype == torch.float32 for arg in step.args)
+        }
 
     def write(self) -> str:
         program = self.program
@@ -80,7 +91,9 @@ class _Writer:
         for number in sums:
             for i in self.pieces:
                 self._line(f"sum{number}_{i} = tl.zeros([BLOCK_M, WIDTH], tl.float32)")
-        self._line("for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):")
+        # Few programs that loop wait for memory, unless the next tile's inputs are on the way to shared memory.
+        stages = ", num_stages=2" if sums else ""
+        self._line(f"for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0){stages}):")
         self._tile()
         for number in sums:
             for i in self.pieces:
@@ -138,11 +151,19 @@ class _Writer:
 
     def _finish(self, number: int, output: Output, i: int) -> None:
         """What is done with a piece of an output as soon as it is there."""
+        if output.action is Action.SUM_ROWS:
+            total = f"sum{number}_{i}"
+            if factors := self._factors(output.ref, i):
+                product = " * ".join(factors)
+                more = f"tl.fma({', '.join(factors)}, {total})"
+            else:
+                product = self._matrix(output.ref, i)
+                more = f"{total} + {product}"
+            self._line(f"{total} = {more} if EVEN_M else {total} + tl.where(is_row, {product}, 0.0)")
+            return
         name = self._matrix(output.ref, i)
         if output.action is Action.STORE:
             self._store(f"out{number}", name, i)
-        elif output.action is Action.SUM_ROWS:
-            self._line(f"sum{number}_{i} += {name} if EVEN_M else tl.where(is_row, {name}, 0.0)")
         else:
             bits = self._within(f"magnitude_bits({name})", i, "0")
             self._line(f"bits{number} = {bits if i == 0 else f'tl.maximum(bits{number}, {bits})'}")
@@ -200,19 +221,53 @@ class _Writer:
             "amax": ("larger({0}, {1})", "tl.reduce({0}, 1, larger, keep_dims=True)", 'float("-inf")'),
         }[step.op]
         for i in self.pieces:
+            if step.op == "sum" and 0 < i < self.pieces[-1] and (factors := self._factors(argument, i)):
+                self._line(f"{name} = tl.fma({', '.join(factors)}, {name})")
+                continue
             term = self._within(self._argument(argument, i), i, other)
             self._line(f"{name} = {term if i == 0 else join.format(name, term)}")
-        self._line(f"{name} = {_rounded(reduce.format(name), step.value)}")
+        self._line(f"{name} = {self._rounded(reduce.format(name), step)}")
         return name
 
     def _step(self, name: str, step: Step, i: int | None) -> None:
+        if step.op in ("add", "sub") and (sum_of_product := self._multiply_add(step, i)):
+            self._line(f"{name} = {self._rounded(sum_of_product, step)}")
+            return
         arguments = [self._argument(argument, i) for argument in step.args]
         template = POINTWISE[step.op].source
         if step.op == "where":
             arguments[0] = f"({arguments[0]} != 0.0)"
         if step.op == "div":
             template, arguments[1] = self._division(step.args[1], arguments[1])
-        self._line(f"{name} = {_rounded(template.format(*arguments), step.value)}")
+        self._line(f"{name} = {self._rounded(template.format(*arguments), step)}")
+
+    def _rounded(self, expression: str, step: Step) -> str:
+        """What a step computes, in the dtype of its value."""
+        value = step.value
+        if value.dtype == torch.bool:
+            return f"({expression}) != 0"
+        if value.dtype == torch.bfloat16 and step in self.packed:
+            return f"to_bfloat16({expression})"
+        return expression if value.dtype == torch.float32 else f"({expression}).to({_TRITON_DTYPES[value.dtype]})"
+
+    def _multiply_add(self, step: Step, i: int | None) -> str | None:
+        """A sum or difference as a fused multiply-add, if one side is a product that nothing else reads."""
+        for product, other in ((0, 1), (1, 0)):
+            if factors := self._factors(step.args[product], i):
+                rest = self._argument(step.args[other], i)
+                if step.op == "sub":
+                    factors, rest = (factors, f"-({rest})") if product == 0 else ([f"-({factors[0]})", factors[1]], rest)
+                return f"tl.fma({', '.join(factors)}, {rest})"
+        return None
+
+    def _factors(self, argument: Ref | float, i: int | None) -> list[str] | None:
+        """The factors of a float32 product that is read once, and not written yet."""
+        if isinstance(argument, float) or argument.index < len(self.program.inputs) or self.num_readers[argument] > 1:
+            return None
+        step, value = self._step_of(argument), self.program.value(argument)
+        if step.op != "mul" or value.dtype != torch.float32 or (i is None) != (value.shape is Shape.COLUMN):
+            return None
+        return [self._argument(factor, i) for factor in step.args]
 
     def _division(self, divisor: Ref | float, argument: str) -> tuple[str, str]:
         """(source of the division, its second argument)."""
@@ -247,13 +302,6 @@ class _Writer:
 
     def _step_of(self, ref: Ref) -> Step:
         return self.program.steps[ref.index - len(self.program.inputs)]
-
-
-def _rounded(expression: str, value: Value) -> str:
-    """What a step computes, in the dtype of its value; a comparison is bool already."""
-    if value.dtype == torch.bool:
-        return f"({expression}) != 0"
-    return expression if value.dtype == torch.float32 else f"({expression}).to({_TRITON_DTYPES[value.dtype]})"
 
 
 def _number(value: float) -> str:

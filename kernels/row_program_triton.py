@@ -3,25 +3,26 @@
 Shapes: M rows, K features a row.
 """
 
-import hashlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 
-from swcompile.kernels import int8, row_math, row_program_source
-from swcompile.kernels.launch import device_facts, triton
-from swcompile.kernels.quantize_rowwise import PIECE_PER_WARP
+from swcompile.kernels.launch import INTERPRETED, device_facts, triton
 from swcompile.kernels.row_program import Action, RowProgram, Shape, matrix_size
 from swcompile.kernels.row_program_source import source
-from swcompile.kernels.tuning import Tuner, bucket
 
-MAX_PIECES = 8
-"""Pieces a thread holds of one matrix at most; fewer where a program has many matrices."""
 MAX_WARPS_PER_ROW = 16
-MAX_COLUMNS = PIECE_PER_WARP * MAX_PIECES * MAX_WARPS_PER_ROW
+MAX_ELEMENTS = 64
+"""Of a row that a thread holds at most."""
+MAX_COLUMNS = 32 * MAX_ELEMENTS * MAX_WARPS_PER_ROW
 """The longest row: 32,768 features."""
+_SUM_COLUMNS = 64
+"""Features that a program of the second kernel adds the sums of all programs of the first one for."""
 
 
 class RowConfig(NamedTuple):
@@ -31,64 +32,136 @@ class RowConfig(NamedTuple):
     """1 reduces a row without a barrier."""
     num_warps: int
     """Warps a program, a multiple of `warps_per_row`."""
-    programs_each: int = 0
-    """0: one tile of rows a program. Else: so many programs a multiprocessor, which loop over the tiles."""
+    adjacent: int = 8
+    """Adjacent elements a thread takes of each piece of a row: 8 are one load of 16 bytes."""
+
+    @property
+    def width(self) -> int:
+        """Elements of a piece of a row."""
+        return 32 * self.warps_per_row * self.adjacent
+
+    @property
+    def rows(self) -> int:
+        """Rows that a program works on at a time."""
+        return self.num_warps // self.warps_per_row
 
 
-def launch(inputs: Sequence[torch.Tensor], program: RowProgram, outputs: Sequence[torch.Tensor]) -> None:
+def launch(
+    inputs: Sequence[torch.Tensor],
+    program: RowProgram,
+    outputs: Sequence[torch.Tensor],
+    config: RowConfig | None = None,
+) -> None:
     """Run a program by its kernel.
 
     Args:
         inputs: matrices [M, K] with rows contiguous in themselves, columns [M, 1], rows [K], as many as the program has.
         program: what to compute.
         outputs: contiguous tensors, written.
+        config: how; left out, `candidates` has the first word. Nothing is timed: one kernel is compiled for a program.
     """
     num_rows, num_columns = matrix_size(inputs, program)
-
-    def run(config: RowConfig) -> None:
-        launch_config(config, inputs, program, outputs)
-
-    key = (bucket(num_rows), num_columns, _digest(program))
-    run(TUNER.choose(key, lambda: candidates(program, num_columns), run, inputs[0].device))
-
-
-def launch_config(
-    config: RowConfig, inputs: Sequence[torch.Tensor], program: RowProgram, outputs: Sequence[torch.Tensor]
-) -> None:
-    """`launch` in the given configuration."""
-    num_rows, num_columns = matrix_size(inputs, program)
-    rows = config.num_warps // config.warps_per_row
-    width = PIECE_PER_WARP * config.warps_per_row
-    num_programs = triton.cdiv(num_rows, rows)
-    if config.programs_each:
-        num_programs = min(num_programs, config.programs_each * device_facts(inputs[0].device).num_multiprocessors)
+    if config is None:
+        config = candidates(program, num_columns)[0]
+        if _pending and (compiling := _pending.pop((program, num_columns, inputs[0].device), None)):
+            wait([compiling])  # if it failed, the launch shows how
     pointers: list[Any] = []
     for tensor, value in zip(inputs, program.inputs, strict=True):
         pointers += [tensor, tensor.stride(0)] if value.shape is Shape.MATRIX else [tensor]
     actions = _actions(program)
     totals = [tensor for tensor, action in zip(outputs, actions, strict=True) if action is Action.SUM_ROWS]
+    num_programs = triton.cdiv(num_rows, config.rows)
+    if totals:
+        resident = _resident_programs(program, config, num_columns, num_rows % config.rows == 0, inputs[0].device)
+        num_programs = min(num_programs, resident)
     partial = inputs[0].new_empty((len(totals), num_programs, num_columns), dtype=torch.float32)
     parts = iter(partial)
     pointers += [next(parts) if action is Action.SUM_ROWS else t for t, action in zip(outputs, actions, strict=True)]
-    module = compile_source(source(program, triton.cdiv(num_columns, width)))
-    module.row_kernel[(num_programs,)](
-        *pointers,
-        num_rows,
-        K=num_columns,
-        BLOCK_M=rows,
-        WIDTH=width,
-        EVEN_M=num_rows % rows == 0,
-        EVEN_K=num_columns % width == 0,
-        num_warps=config.num_warps,
-        enable_fp_fusion=False,  # each step rounds, like the reference
-    )
+    kernels = _kernels(program, config, num_columns)
+    kernels.row_kernel[(num_programs,)](*pointers, num_rows, **_options(config, num_rows, num_columns))
     if totals:
         grid = (triton.cdiv(num_columns, _SUM_COLUMNS), len(totals))
-        module.sum_kernel[grid](partial, *totals, num_programs, K=num_columns, BLOCK_P=64, BLOCK_K=_SUM_COLUMNS)
+        kernels.sum_kernel[grid](partial, *totals, num_programs, **_sum_options(num_columns))
 
 
-_SUM_COLUMNS = 64
-"""Features that a program of the second kernel adds the sums of all programs of the first one for."""
+_compilers = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="row program")
+_pending: dict[tuple[RowProgram, int, torch.device], Future[Any]] = {}
+
+
+def compile_in_background(program: RowProgram, num_rows: int | None, num_columns: int, device: torch.device) -> None:
+    """Start to compile a program's kernels, while Inductor is busy with the rest of the graph; `launch` waits for them.
+
+    Args:
+        program: what will be launched.
+        num_rows: M; None where it is not known yet.
+        num_columns: K.
+        device: a CUDA device.
+    """
+    config = candidates(program, num_columns)[0]
+    _kernels(program, config, num_columns)  # imports a module, which is better not done in a thread
+    even_rows = num_rows is None or num_rows % config.rows == 0
+    key = program, num_columns, device
+    if key not in _pending:
+        _pending[key] = _compilers.submit(_compile, program, config, num_columns, even_rows, device)
+
+
+def _kernels(program: RowProgram, config: RowConfig, num_columns: int) -> Any:
+    """The module that holds a program's kernels."""
+    return compile_source(source(program, triton.cdiv(num_columns, config.width)))
+
+
+def _options(config: RowConfig, num_rows: int, num_columns: int) -> dict[str, Any]:
+    return {
+        "K": num_columns,
+        "BLOCK_M": config.rows,
+        "WIDTH": config.width,
+        "EVEN_M": num_rows % config.rows == 0,
+        "EVEN_K": num_columns % config.width == 0,
+        "num_warps": config.num_warps,
+        "enable_fp_fusion": False,  # the quantiser rounds the product before it rounds to an integer
+    }
+
+
+def _sum_options(num_columns: int) -> dict[str, Any]:
+    return {"K": num_columns, "BLOCK_P": 64, "BLOCK_K": _SUM_COLUMNS}
+
+
+@cache
+def _resident_programs(
+    program: RowProgram, config: RowConfig, num_columns: int, even_rows: bool, device: torch.device
+) -> int:
+    """How many programs a device holds at once: a program that sums rows loops over them, and its sums are few."""
+    facts = device_facts(device)
+    if INTERPRETED:
+        return facts.num_multiprocessors
+    compiled = _compile(program, config, num_columns, even_rows, device)
+    compiled._init_handles()  # loads it, and so finds its registers
+    registers = -(-max(compiled.n_regs, 1) // 8) * 8
+    threads = 32 * config.num_warps
+    each = min(65536 // (registers * threads), 2048 // threads)
+    if compiled.metadata.shared:
+        each = min(each, facts.shared_memory // (compiled.metadata.shared + 1024))
+    return max(each, 1) * facts.num_multiprocessors
+
+
+def _compile(
+    program: RowProgram, config: RowConfig, num_columns: int, even_rows: bool, device: torch.device
+) -> Any:
+    """Compile the kernels of a program for inputs that are aligned, as most are; returns the compiled `row_kernel`."""
+    kernels = _kernels(program, config, num_columns)
+    pointers: list[Any] = []
+    for value in program.inputs:
+        pointers += [value.dtype, num_columns] if value.shape is Shape.MATRIX else [value.dtype]
+    for output in program.outputs:
+        stored = program.value(output.ref).dtype
+        dtypes = {Action.STORE: [stored], Action.QUANTIZE: [torch.int8, torch.float32], Action.SUM_ROWS: [torch.float32]}
+        pointers += dtypes[output.action]
+    num_rows = config.rows if even_rows else config.rows + 1
+    with torch.cuda.device(device):
+        sums = [output.dtype for output in program.outputs if output.action is Action.SUM_ROWS]
+        if sums:
+            kernels.sum_kernel.warmup(torch.float32, *sums, 16, **_sum_options(num_columns), grid=(1,))
+        return kernels.row_kernel.warmup(*pointers, num_rows, **_options(config, num_rows, num_columns), grid=(1,))
 
 
 def empty_outputs(inputs: Sequence[torch.Tensor], program: RowProgram) -> list[torch.Tensor]:
@@ -114,40 +187,30 @@ def _actions(program: RowProgram) -> list[Action]:
     return [o.action for o in program.outputs for _ in range(2 if o.action is Action.QUANTIZE else 1)]
 
 
+@cache
 def candidates(program: RowProgram, num_columns: int) -> list[RowConfig]:
-    """A few configurations, the likeliest first: few warps a row, but no more elements a thread than registers hold.
+    """Configurations that fit a program, the likeliest first.
 
-    Three to compile at most, as a model has some ten programs; how many programs loop over the rows costs no compiling.
+    A thread should hold as many elements as registers last for: about 40 of a program that reads, computes and rounds,
+    fewer where each element also has running sums or several results that wait for their scale. Elements beyond the
+    end of the row cost as much as others, narrow loads and wide programs a little.
     """
     sums = sum(output.action is Action.SUM_ROWS for output in program.outputs)
+    results = sum(output.action is Action.QUANTIZE for output in program.outputs)
     matrices = sum(value.shape is Shape.MATRIX for value in program.inputs)
-    # Registers a piece takes: 4 for 16-bit inputs that wait, 8 for a float32 result that does, 8 for each running sum.
-    registers = 4 * matrices + 8 * (1 + sums)
-    most_pieces = max(1, min(MAX_PIECES, 160 // registers))
+    wanted = 70 / (1.0 + sums + 0.5 * results + 0.5 * matrices) if sums else 50 / (results + 0.25)
     configs: list[tuple[float, RowConfig]] = []
-    for warps_per_row in (1, 2, 4, 8, 16):
-        num_pieces = triton.cdiv(num_columns, PIECE_PER_WARP * warps_per_row)
-        is_widest = warps_per_row == MAX_WARPS_PER_ROW
-        if (num_pieces > most_pieces and not is_widest) or (num_pieces == 1 and warps_per_row > 1 and configs):
+    for warps_per_row, adjacent in product((1, 2, 4, 8, 16), (8, 4, 2)):
+        num_warps = max(warps_per_row, 4)
+        config = RowConfig(warps_per_row, num_warps, adjacent)
+        num_pieces = triton.cdiv(num_columns, config.width)
+        elements = num_pieces * adjacent
+        if elements > MAX_ELEMENTS or (num_pieces == 1 and warps_per_row > 1 and configs):
             continue
-        padding = num_pieces * PIECE_PER_WARP * warps_per_row - num_columns
-        for num_warps in sorted({max(warps_per_row, 4), max(warps_per_row, 8)}):
-            badness = abs(num_pieces - min(most_pieces, 5)) + 16 * padding / num_columns + num_warps / 16
-            configs.append((badness, RowConfig(warps_per_row, num_warps)))
-    likeliest = [config for _, config in sorted(configs)[:3]]
-    if not sums:
-        return likeliest
-    return [config._replace(programs_each=each * max(1, 16 // config.num_warps)) for config in likeliest for each in (1, 2)]
-
-
-TUNER: Tuner[RowConfig] = Tuner(
-    "map_rows", [__file__, int8.__file__, row_math.__file__, row_program_source.__file__]
-)
-
-
-@cache
-def _digest(program: RowProgram) -> str:
-    return hashlib.sha256(str(program).encode()).hexdigest()[:16]
+        padding = num_pieces * config.width / num_columns - 1
+        badness = abs(elements - wanted) / 8 + 16 * padding + num_warps / 16 + {8: 0.0, 4: 0.5, 2: 1.5}[adjacent]
+        configs.append((badness, config))
+    return [config for _, config in sorted(configs)[:4]]
 
 
 @cache

@@ -3,8 +3,10 @@
 Every configuration of a kernel gives the same bits, so a choice changes time only: ranks of one job may choose apart.
 """
 
+import contextlib
 import statistics
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
 from math import log2
@@ -67,6 +69,20 @@ def measure_ms(run: Callable[[], object]) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in pairs)
 
 
+def run_together(runs: Sequence[Callable[[], object]], device: torch.device) -> None:
+    """Call each in a thread of its own, whatever comes of it: kernels are compiled next to each other that way.
+
+    Most of a compilation leaves Python's lock to others. What the calls compute is overwritten later.
+    """
+
+    def attempt(run: Callable[[], object]) -> None:
+        with torch.cuda.device(device), contextlib.suppress(Exception):  # whoever calls it again sees its error
+            run()
+
+    with ThreadPoolExecutor(len(runs)) as pool:
+        list(pool.map(attempt, runs))
+
+
 class Tuner(Generic[Config]):
     """Remembers the fastest configuration of one kernel for each key.
 
@@ -74,6 +90,7 @@ class Tuner(Generic[Config]):
         name: of the kernel, for the file on disk.
         sources: files whose change makes old choices worthless.
         measure: time of a call, in any unit; replaced in tests.
+        compile_all: prepares the calls that are to be timed; replaced in tests.
     """
 
     def __init__(
@@ -81,10 +98,12 @@ class Tuner(Generic[Config]):
         name: str,
         sources: Sequence[str],
         measure: Callable[[Callable[[], object]], float] = measure_ms,
+        compile_all: Callable[[Sequence[Callable[[], object]], torch.device], object] = run_together,
     ) -> None:
         self._name = name
         self._sources = sources
         self._measure = measure
+        self._compile_all = compile_all
         self._chosen: dict[tuple[torch.device, Key], Config] = {}
         self.latest: Config | None = None
         """What `choose` returned last, for reports."""
@@ -120,14 +139,17 @@ class Tuner(Generic[Config]):
                 return config
         if _is_capturing():
             return self._nearest(key, device) or candidates[0]
-        config = self._time(candidates, run)
+        config = self._time(candidates, run, device)
         self._chosen[device, key] = config
         file.add(str(key), config._asdict(), instead_of=stored)
         return config
 
-    def _time(self, candidates: Sequence[Config], run: Callable[[Config], object]) -> Config:
+    def _time(
+        self, candidates: Sequence[Config], run: Callable[[Config], object], device: torch.device
+    ) -> Config:
         global _num_tunings
         _num_tunings += 1
+        self._compile_all([partial(run, config) for config in candidates], device)
         times: dict[Config, float] = {}
         unfit: Exception | None = None
         for config in candidates:

@@ -288,6 +288,6 @@ def _format_argument(value: Any, names: dict[fx.Node, str]) -> str:
         return f"[{', '.join(_format_argument(item, names) for item in value)}]"
     if isinstance(value, torch.dtype):
         return _SHORT_DTYPES.get(value, str(value))
-    if isinstance(value, str) and "\n" in value:  # a program, which is a graph itself
-        return "\n" + "\n".join(f"    {line}" for line in value.splitlines())
+    if isinstance(value, str) and value.startswith("%0: "):  # a row program, which is a graph itself
+        return "\n" + "\n".join(f"    {line}" for line in value.split("; "))
     return str(value)

@@ -8,7 +8,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from swcompile.kernels.row_program import Action, RowProgram, Shape, parse
 from swcompile.kernels.row_program_source import source
-from swcompile.kernels.row_program_triton import PIECE_PER_WARP, candidates, compile_source
+from swcompile.kernels.row_program_triton import candidates, compile_source
 
 MASKS = """\
 %0: bf16[M, K] = input
@@ -68,15 +68,17 @@ def main() -> None:
     for name, num_columns in WIDTHS.items():
         program = parse(PROGRAMS.get(name, MASKS))
         config = candidates(program, num_columns)[0]
-        width = PIECE_PER_WARP * config.warps_per_row
-        module = compile_source(source(program, triton.cdiv(num_columns, width)))
-        constants = {"K": num_columns, "BLOCK_M": config.num_warps // config.warps_per_row, "WIDTH": width}
-        constants |= {"EVEN_M": True, "EVEN_K": num_columns % width == 0}
+        module = compile_source(source(program, triton.cdiv(num_columns, config.width)))
+        constants = {"K": num_columns, "BLOCK_M": config.rows, "WIDTH": config.width}
+        constants |= {"EVEN_M": True, "EVEN_K": num_columns % config.width == 0}
         for capability in (80, 90):
             types = signature_of(program)
             compiled = compile_for(capability, module.row_kernel, types, constants, config.num_warps)
             lines = compiled.asm["ptx"].splitlines()
-            assert any("ld.global" in line and ".v4" in line for line in lines), f"{name}: no load of 16 bytes"
+            loads = f".v{config.adjacent // 2}", f"0x{2 * config.adjacent:x},"  # to registers, to shared memory
+            assert any(
+                ("ld.global" in line and loads[0] in line) or ("cp.async" in line and loads[1] in line) for line in lines
+            ), f"{name}: elements are not loaded {config.adjacent} at a time"
             print(name, capability, "shared memory", compiled.metadata.shared)
         sums = {f"out{n}": POINTERS[o.dtype] for n, o in enumerate(program.outputs) if o.action is Action.SUM_ROWS}
         if sums:

@@ -297,10 +297,10 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
 
 def test_a_gpu_without_int8_tensor_cores(on_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "HAS_TRITON", True)
-    monkeypatch.setattr(launch, "device_facts", lambda device: DeviceFacts("Tesla T4", (7, 5), 40))
+    monkeypatch.setattr(launch, "device_facts", lambda device: DeviceFacts("Tesla T4", (7, 5), 40, 65536))
     with pytest.raises(Exception, match=r"8\.0 \(Ampere\) or later; Tesla T4 \(cuda:0\) has 7\.5\. Run on"):
         torch.compile(layer(), backend=on_cuda)(torch.randn(TOKENS, IN))
-    monkeypatch.setattr(launch, "device_facts", lambda device: DeviceFacts("A10", (8, 6), 72))
+    monkeypatch.setattr(launch, "device_facts", lambda device: DeviceFacts("A10", (8, 6), 72, 102400))
     launch.require_supported_gpu.cache_clear()
     launch.require_supported_gpu(0)
 

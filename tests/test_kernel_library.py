@@ -19,7 +19,7 @@ def test_a_second_import_under_another_name_fails_loudly():
 
 
 def test_old_gpu(monkeypatch):
-    turing = launch.DeviceFacts("Tesla T4", (7, 5), 40)
+    turing = launch.DeviceFacts("Tesla T4", (7, 5), 40, 65536)
     monkeypatch.setattr(launch, "device_facts", lambda device: turing)
     monkeypatch.setattr(launch, "HAS_TRITON", True)
     launch.require_supported_gpu.cache_clear()

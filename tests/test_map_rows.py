@@ -14,7 +14,7 @@ from swcompile.kernels.launch import triton
 from swcompile.kernels.map_rows import map_rows_reference, map_rows_triton
 from swcompile.kernels.row_program import POINTWISE, Action, parse
 from swcompile.kernels.row_program_source import source
-from swcompile.kernels.row_program_triton import MAX_COLUMNS, RowConfig, candidates, launch_config
+from swcompile.kernels.row_program_triton import MAX_COLUMNS, MAX_ELEMENTS, RowConfig, candidates, launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernel runs in Triton's interpreter on the latter
 DTYPES = ["f16", "f32"] + (["bf16"] if DEVICE == "cuda" else [])  # the interpreter cuts bits off in a cast to bfloat16
@@ -56,7 +56,7 @@ def test_every_configuration_gives_the_same(name: str) -> None:
         results = []
         for config in candidates(program, num_columns):
             outputs = [torch.empty_like(out) for out in map_rows_reference(inputs, text)]
-            launch_config(config, inputs, program, outputs)
+            launch(inputs, program, outputs, config)
             results.append(outputs)
         assert len(results) >= 2
         for other in results[1:]:
@@ -179,11 +179,12 @@ def test_rows_that_no_block_holds() -> None:
 def test_candidates() -> None:
     for name, num_columns in itertools.product(PROGRAMS, (2, 80, 1024, 1280, 4096, 5120, 14336, MAX_COLUMNS)):
         configs = candidates(parse(PROGRAMS[name]), num_columns)
-        assert 1 <= len({config[:2] for config in configs}) <= 3 and len(configs) <= 6
+        assert 1 <= len(set(configs)) == len(configs) <= 4
         for config in configs:
             assert config.num_warps % config.warps_per_row == 0 and config.num_warps >= 4
-            assert triton.cdiv(num_columns, 256 * config.warps_per_row) <= 8
-    assert RowConfig(1, 4) in candidates(parse(PROGRAMS["gelu"]), 1280)
+            assert triton.cdiv(num_columns, config.width) * config.adjacent <= MAX_ELEMENTS
+    assert candidates(parse(PROGRAMS["gelu"]), 1280)[0] == RowConfig(1, 4)
+    assert candidates(parse(PROGRAMS["layer_norm_backward"]), 1280)[0].width == 256, "five pieces, and nothing left over"
 
 
 @pytest.mark.gpu

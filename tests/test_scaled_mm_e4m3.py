@@ -164,7 +164,7 @@ def test_work():
 
 
 def test_a_gpu_without_e4m3_is_an_error_that_names_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "device_facts", lambda device: launch.DeviceFacts("Fake A100", (8, 0), 108))
+    monkeypatch.setattr(launch, "device_facts", lambda device: launch.DeviceFacts("Fake A100", (8, 0), 108, 167936))
     require_supported_gpu.cache_clear()
     try:
         require_supported_gpu(0)

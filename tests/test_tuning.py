@@ -1,5 +1,7 @@
 """Choice of configurations, with a fake device and a fake clock."""
 
+import contextlib
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -46,15 +48,19 @@ class Clock:
 
 @pytest.fixture(autouse=True)
 def fake_gpu(monkeypatch, tmp_path):
-    facts = launch.DeviceFacts("Fake GPU", (9, 0), 132)
+    facts = launch.DeviceFacts("Fake GPU", (9, 0), 132, 233472)
     monkeypatch.setattr(tuning, "device_facts", lambda device: facts)
     monkeypatch.setattr(tuning, "_is_capturing", lambda: False)
     monkeypatch.setattr(cache_dir_utils, "cache_dir", lambda: str(tmp_path))
 
 
+compiled: list[int] = []
+"""How many calls were prepared, a tuning."""
+
+
 def new_tuner(source: str = __file__) -> Tuner[Config]:
     """As in a new process: nothing remembered but what is on disk."""
-    return Tuner("test", [source], measure=Clock.measure)
+    return Tuner("test", [source], measure=Clock.measure, compile_all=lambda runs, device: compiled.append(len(runs)))
 
 
 def choose(tuner: Tuner[Config], clock: Clock, key=KEY, candidates=CANDIDATES, device=GPU) -> Config:
@@ -177,7 +183,7 @@ def test_other_source_or_gpu_or_triton_tunes_again(monkeypatch, tmp_path):
     source = tmp_path / "kernel.py"
     source.write_text("changed")
     choose(new_tuner(str(source)), Clock(TIMES))
-    monkeypatch.setattr(tuning, "device_facts", lambda device: launch.DeviceFacts("Other GPU", (9, 0), 132))
+    monkeypatch.setattr(tuning, "device_facts", lambda device: launch.DeviceFacts("Other GPU", (9, 0), 132, 233472))
     choose(new_tuner(), Clock(TIMES))
     monkeypatch.setattr(tuning.triton, "__version__", "99.0")
     choose(new_tuner(), Clock(TIMES))
@@ -213,6 +219,27 @@ def test_configs_that_do_not_fit_the_gpu():
 def test_other_errors_are_not_hidden():
     with pytest.raises(ZeroDivisionError):
         choose(new_tuner(), Clock(TIMES | {Config(64): ZeroDivisionError()}))
+
+
+def test_candidates_are_compiled_together_and_once():
+    compiled.clear()
+    tuner = new_tuner()
+    for _ in range(2):
+        choose(tuner, Clock(TIMES))
+    assert compiled == [len(CANDIDATES)]
+
+
+def test_calls_run_in_threads_and_errors_are_left_to_others(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    both, done = threading.Barrier(2, timeout=30), []
+
+    def call(number: int) -> None:
+        both.wait()  # breaks unless both run at once
+        done.append(number)
+        raise ValueError
+
+    tuning.run_together([partial(call, 1), partial(call, 2)], GPU)
+    assert sorted(done) == [1, 2]
 
 
 def test_interpreter_takes_the_first():

@@ -9,8 +9,8 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 
 from swcompile.kernels.map_rows import MAP_ROWS
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
-from swcompile.kernels.row_program import Action, Output, Ref, RowProgram, Shape
-from swcompile.kernels.row_program_triton import MAX_COLUMNS
+from swcompile.kernels.row_program import Action, Output, Ref, RowProgram, Shape, parse
+from swcompile.kernels.row_program_triton import MAX_COLUMNS, compile_in_background
 from swcompile.pipeline import PassResult, emit
 from swcompile.row_regions import Region, absorb_neighbours, grow_region, merged, roots_nearby
 from swcompile.row_steps import Frame, ProgramWriter, sources
@@ -111,6 +111,9 @@ def _replace(graph: fx.Graph, region: Region, order: dict[fx.Node, float]) -> bo
     except ValueError:  # a value of one number a row that is to be summed or quantised as if it were a matrix
         return False
     results = _emit(graph, region, inputs, program, list(stored.values()), symbols)
+    device, num_rows = region.roots[0].all_input_nodes[0].meta["val"].device, region.frame.num_rows
+    if device.type == "cuda":
+        compile_in_background(parse(program.text), num_rows if isinstance(num_rows, int) else None, region.frame.num_columns, device)
     _extend(order, [results])
     return True
 
@@ -164,7 +167,7 @@ def _emit(
     old: list[fx.Node] = []
     with graph.inserting_before(like):
         arguments = [_as_rows(graph, node, value.shape, region.frame, like) for node, value in zip(inputs, program.inputs, strict=True)]
-        results = emit(graph, MAP_ROWS, arguments, str(program), like=like)
+        results = emit(graph, MAP_ROWS, arguments, program.text, like=like)
         outputs = iter(range(len(results.meta["val"])))
 
         def take(like: fx.Node) -> fx.Node:
