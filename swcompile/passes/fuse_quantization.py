@@ -111,9 +111,10 @@ def _replace(graph: fx.Graph, region: Region, order: dict[fx.Node, float]) -> bo
     except ValueError:  # a value of one number a row that is to be summed or quantised as if it were a matrix
         return False
     results = _emit(graph, region, inputs, program, list(stored.values()), symbols)
-    device, num_rows = region.roots[0].all_input_nodes[0].meta["val"].device, region.frame.num_rows
-    if device.type == "cuda":
-        compile_in_background(parse(program.text), num_rows if isinstance(num_rows, int) else None, region.frame.num_columns, device)
+    if results.meta["val"][0].is_cuda:
+        num_rows = region.frame.num_rows if isinstance(region.frame.num_rows, int) else None
+        device = results.meta["val"][0].device
+        compile_in_background(parse(program.text), num_rows, region.frame.num_columns, device)
     _extend(order, [results])
     return True
 
