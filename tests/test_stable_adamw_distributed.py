@@ -1,4 +1,4 @@
-"""StableAdamW on sharded parameters in two CPU processes ends where one process does."""
+"""StableAdamW on sharded parameters in two processes, on the CPU or a GPU each, ends where one process does."""
 
 import copy
 import math
@@ -17,12 +17,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from swcompile import StableAdamW
 
 STEPS = 12
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
-def build() -> nn.Sequential:
+def build(device: str = "cpu") -> nn.Sequential:
     """The last layer has fewer rows than there are processes: a shard of it is empty."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 1, bias=False))
+    layers = nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 1, bias=False)
+    return nn.Sequential(*layers).to(device)
 
 
 def gradients(step: int) -> dict[str, torch.Tensor]:
@@ -50,7 +52,7 @@ def train(model: nn.Module) -> dict[str, Any]:
             checkpoints.set_optimizer_state_dict(model, optimizer, state)
         grads = gradients(step)
         for name, param in model.named_parameters():
-            grad = grads[name]
+            grad = grads[name].to(param.device)
             param.grad = distribute_tensor(grad, param.device_mesh, param.placements) if isinstance(param, DTensor) else grad
         optimizer.step()
         rms.append(optimizer.last_rms())
@@ -59,32 +61,42 @@ def train(model: nn.Module) -> dict[str, Any]:
     return {"params": params, "rms": torch.stack(rms), "norms": torch.stack(norms), "skipped": optimizer.skipped_steps()}
 
 
-def train_sharded(rank: int, world: int, folder: str) -> None:
+def train_sharded(rank: int, world: int, folder: str, device: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
-    mesh = init_device_mesh("cpu", (world,))
-    fsdp = build()
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(BACKENDS[device], store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
+    mesh = init_device_mesh(device, (world,))
+    fsdp = build(device)
     for layer in (*fsdp, fsdp):
         fully_shard(layer, mesh=mesh)
-    mixed = build()  # sharded by columns, replicated, and not a DTensor at all
+    mixed = build(device)  # sharded by columns, replicated, and not a DTensor at all
     mixed[0].weight = nn.Parameter(distribute_tensor(mixed[0].weight.data, mesh, [Shard(1)]))
     mixed[2].weight = nn.Parameter(distribute_tensor(mixed[2].weight.data, mesh, [Replicate()]))
     torch.save({"fsdp": train(fsdp), "mixed": train(mixed)}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def results(tmp_path_factory: pytest.TempPathFactory, device: str) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("sharded")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        mp.spawn(train_sharded, args=(2, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+        if device == "cpu":
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        mp.spawn(train_sharded, args=(2, str(folder), device), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", map_location=device) for rank in range(2)]
 
 
 @pytest.mark.parametrize("how", ["fsdp", "mixed"])
-def test_sharded_equals_one_process(how: str, results: list[dict[str, Any]]) -> None:
-    one = train(build())
+def test_sharded_equals_one_process(how: str, device: str, results: list[dict[str, Any]]) -> None:
+    one = train(build(device))
     for result in (results[0][how], results[1][how]):
         for name, expected in one["params"].items():
             torch.testing.assert_close(result["params"][name], expected, rtol=1e-6, atol=1e-7)
