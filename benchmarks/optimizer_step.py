@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from kernel_speed import copy_gb_s
-from reporting import add_workloads, header, markdown_table, write
+from reporting import add_workloads, alone, header, markdown_table, write
 from torch import nn
 
 from swcompile import StableAdamW
@@ -90,8 +90,8 @@ def measure(workload: str, num_rounds: int, floor_ms: float) -> list[dict[str, A
             steps[name]()
     times: dict[str, list[float]] = {name: [] for name in steps}
     host: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(num_rounds):
-        for name, step in steps.items():
+    with alone():
+        for name, step in [*steps.items()] * num_rounds:
             torch.cuda.synchronize()
             begin = time.perf_counter()
             step()

@@ -4,12 +4,15 @@ import argparse
 import datetime
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from filelock import FileLock
 
 
 def header(title: str) -> str:
@@ -46,6 +49,13 @@ def add_workloads(parser: argparse.ArgumentParser, known: Collection[str], defau
         "workloads", nargs="*", type=workload, default=list(default), metavar="WORKLOAD",
         help=f"what to run: {', '.join(known)} (default: {names})",
     )  # fmt: skip
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Benchmarks that run at once on a GPU may compile at once, but wait for each other to time."""
+    with FileLock(Path(tempfile.gettempdir()) / f"swcompile-timing-{torch.cuda.get_device_properties().uuid}.lock"):
+        yield
 
 
 def write(parts: Sequence[str], output: str | None) -> None:

@@ -3,6 +3,7 @@
 import torch
 
 from swcompile.kernels.row_program import Shape, parse
+from swcompile.passes.fuse_quantization import MAX_SUMMED
 
 PROGRAMS = {
     "layer_norm": """\
@@ -162,6 +163,13 @@ store %15
 quantize %8
 quantize %15""",
 }
+
+
+def program_at(name: str, num_columns: int) -> str:
+    """A program as the pass makes it for rows of a length: with as many sums over rows as a multiprocessor holds."""
+    lines = PROGRAMS[name].splitlines()
+    sums = [line for line in lines if line.startswith("sum_rows")]
+    return "\n".join(line for line in lines if line not in sums[MAX_SUMMED // num_columns :])
 
 
 def make_inputs(text: str, num_rows: int, num_columns: int, device: str) -> list[torch.Tensor]:

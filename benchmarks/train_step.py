@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from reporting import add_workloads, header, markdown_table, write
+from reporting import add_workloads, alone, header, markdown_table, write
 from torch import nn
 
 import swcompile
@@ -213,8 +213,8 @@ def measure(
         if route.is_ours:
             print(f"{name}: {swcompile.reports()[-1].summary()}", flush=True)
     times = defaultdict(list)
-    for _ in range(rounds):
-        for name, route in routes.items():
+    with alone():
+        for name, route in [*routes.items()] * rounds:
             start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             route.step()  # the caches and the clock of this route, not of the one before
             start_event.record()

@@ -171,7 +171,7 @@ def launch(
             _ABSMAX_BLOCK_R,
             _ABSMAX_BLOCK_C,
             OVERLAP=bool(overlap),
-            num_warps=8,
+            num_warps=_ABSMAX_WARPS,
         )
     num_tiles = triton.cdiv(num_rows, config.rows) * triton.cdiv(num_columns, config.columns)
     _quantize_tiles_kernel[(max(min(num_tiles, 16 * facts.num_multiprocessors), 1),)](
@@ -197,7 +197,7 @@ def launch(
     )
 
 
-_ABSMAX_BLOCK_R, _ABSMAX_BLOCK_C = 32, 512
+_ABSMAX_BLOCK_R, _ABSMAX_BLOCK_C, _ABSMAX_WARPS = 32, 512, 8
 
 
 @triton.jit

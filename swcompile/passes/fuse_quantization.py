@@ -20,6 +20,8 @@ aten = torch.ops.aten
 
 MAX_OUTPUTS = 8
 """Values that a kernel leaves at most; others are left to be computed where they are read."""
+MAX_SUMMED = 16384
+"""Features of all sums over rows that a kernel makes: a multiprocessor has registers for so many running sums."""
 
 
 def fuse_quantization(graph: fx.Graph, *, devices: Sequence[str] = ("cuda",)) -> PassResult:
@@ -82,7 +84,8 @@ def _replace(graph: fx.Graph, region: Region, order: dict[fx.Node, float]) -> bo
     for member in sorted(region.members, key=order.__getitem__):
         writer.add(member)
     quantized = [writer.ref(root.all_input_nodes[0]) for root in region.roots]
-    region.sums = region.sums[: MAX_OUTPUTS - len(quantized)]
+    num_sums = min(MAX_OUTPUTS - len(quantized), MAX_SUMMED // region.frame.num_columns)
+    region.sums = region.sums[:num_sums]
     summed = [writer.ref(node.all_input_nodes[0]) for node in region.sums]
     stored: dict[Ref, list[fx.Node]] = {}
     for member in sorted(region.members, key=order.__getitem__):
