@@ -197,7 +197,7 @@ def launch(
     )
 
 
-_ABSMAX_BLOCK_R, _ABSMAX_BLOCK_C, _ABSMAX_WARPS = 32, 512, 8
+_ABSMAX_BLOCK_R, _ABSMAX_BLOCK_C, _ABSMAX_WARPS = 64, 256, 8
 
 
 @triton.jit

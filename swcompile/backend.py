@@ -78,7 +78,7 @@ def switchback(
     joint_pass = JointPass(
         passes,
         names=names,
-        identity=_cost_identity(gm, example_inputs) if recipe.skip_slower and names else "",
+        identity=_cost_identity(gm, example_inputs, names) if recipe.skip_slower and names else "",
         before=patches.get("joint_custom_pre_pass"),
         strict=recipe.strict,
     )
@@ -95,10 +95,10 @@ def switchback(
     return compiled
 
 
-def _cost_identity(gm: fx.GraphModule, inputs: Sequence[Any]) -> str:
+def _cost_identity(gm: fx.GraphModule, inputs: Sequence[Any], names: Iterable[int]) -> str:
     """What the cost rule's decisions rest on, besides the graph: the devices' rates, and hints of symbolic sizes."""
     devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
-    return repr((rates_fingerprint(devices, _dtypes(gm, devices)), size_buckets(_symbolic(gm, inputs))))
+    return repr((rates_fingerprint(devices, _dtypes(gm, devices, names)), size_buckets(_symbolic(gm, inputs))))
 
 
 def _symbolic(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
@@ -107,10 +107,15 @@ def _symbolic(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
     return [fake if symbolic_sizes([fake]) else value for fake, value in zip(traced, inputs, strict=True)]
 
 
-def _dtypes(gm: fx.GraphModule, devices: Iterable[torch.device]) -> set[torch.dtype]:
-    """The dtypes of a Dynamo graph's values, and autocast's."""
-    values = (node.meta.get("example_value") for node in gm.graph.nodes)
-    found = {value.dtype for value in values if isinstance(value, torch.Tensor)}
+def _dtypes(gm: fx.GraphModule, devices: Iterable[torch.device], names: Iterable[int]) -> set[torch.dtype]:
+    """The dtypes of what a Dynamo graph computes from its parameters (by number of their inputs), and autocast's.
+
+    To measure a device for a dtype takes seconds; norms compute in float32 in models whose matmuls never do.
+    """
+    inputs = gm.graph.find_nodes(op="placeholder")
+    weights = [inputs[number] for number in names if inputs[number].meta["example_value"].dim() > 1]
+    read = [(weight.meta["example_value"], user.meta.get("example_value")) for weight in weights for user in weight.users]
+    found = {(value if isinstance(value, torch.Tensor) else weight).dtype for weight, value in read}
     kinds = {device.type for device in devices}
     return found | {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
 
