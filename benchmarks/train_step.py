@@ -37,15 +37,16 @@ class Workload:
     """(the model, compiled or not) -> the loss of the batch."""
 
 
-def vit(name: str, batch: int) -> Workload:
-    """A timm vision transformer at 224 pixels, bf16 weights, classifying random images."""
+def vit(name: str, batch: int, depth: int | None = None) -> Workload:
+    """A timm vision transformer at 224 pixels, all blocks or so many, bf16 weights, classifying random images."""
     import timm
 
-    model = timm.create_model(name, num_classes=1000).to("cuda", torch.bfloat16)
+    size = {} if depth is None else {"depth": depth}
+    model = timm.create_model(name, num_classes=1000, **size).to("cuda", torch.bfloat16)
     images = torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
     labels = torch.randint(1000, (batch,), device="cuda")
     return Workload(
-        description=f"{name}, batch {batch}, bf16 weights",
+        description=f"{name}, {depth or 'all'} blocks, batch {batch}, bf16 weights",
         model=model,
         loss=lambda call: nn.functional.cross_entropy(call(images).float(), labels),
     )
@@ -83,6 +84,7 @@ def mlp(width: int, tokens: int) -> Workload:
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "vit_h": lambda: vit("vit_huge_patch14_224", 128),
+    "vit_h8": lambda: vit("vit_huge_patch14_224", 128, depth=8),
     "vit_l": lambda: vit("vit_large_patch14_224", 256),
     "llama": lambda: llama(4, 8, 2048),
     "mlp": lambda: mlp(64, 8192),
