@@ -11,8 +11,6 @@ import torch
 from swcompile.kernels.formats import E4M3
 from swcompile.kernels.launch import tl, triton
 
-OLDEST_CAPABILITY = (8, 9)
-"""Ada: the first GPUs whose tensor cores take e4m3."""
 MAX_VALUE = tl.constexpr(E4M3.max_value)
 
 

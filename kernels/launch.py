@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from swcompile.kernels.formats import INT8, NumberFormat
+
 MISSING_TRITON = (
     "swcompile's CUDA kernels need Triton 3.6 or later, and `import triton` failed. "
     "Install it with `pip install triton`, or run the model on the CPU."
@@ -36,8 +38,7 @@ except ImportError:
 INTERPRETED = bool(HAS_TRITON and triton.knobs.runtime.interpret)
 """True when TRITON_INTERPRET=1 was set before import: kernels then run on CPU tensors, slowly, for tests."""
 
-OLDEST_CAPABILITY = (8, 0)
-"""Ampere: the first GPUs whose tensor cores take int8 through Triton's `tl.dot`."""
+_ARCHITECTURES = {(8, 0): "Ampere", (8, 9): "Ada"}
 
 
 class DeviceFacts(NamedTuple):
@@ -70,24 +71,24 @@ def device_facts(device: torch.device) -> DeviceFacts:
 
 
 @cache
-def require_supported_gpu(index: int, oldest: tuple[int, int] = OLDEST_CAPABILITY) -> None:
-    """Raise `RuntimeError` naming the GPU and the way out if the kernels cannot run on it.
+def require_supported_gpu(index: int, number_format: NumberFormat = INT8) -> None:
+    """Raise `RuntimeError` naming the GPU and the way out if the kernels of a number format cannot run on it.
 
     Args:
         index: of the CUDA device.
-        oldest: the compute capability from which on they run: int8's, or that of another format.
+        number_format: what its tensor cores are to multiply.
     """
     if not HAS_TRITON:
         raise RuntimeError(MISSING_TRITON)
     facts = device_facts(torch.device("cuda", index))
+    oldest = number_format.oldest_capability
     if facts.capability < oldest:
-        major, minor = facts.capability
-        if oldest == OLDEST_CAPABILITY:
-            what, way_out = "int8 kernels need compute capability 8.0 (Ampere)", "compile the model with the default backend"
+        wanted, found = (".".join(map(str, capability)) for capability in (oldest, facts.capability))
+        if number_format == INT8:
+            way_out = "compile the model with the default backend"
         else:
-            wanted = ".".join(map(str, oldest))
-            what, way_out = f"e4m3 kernels need compute capability {wanted} (Ada)", "use a recipe in int8, such as switchback"
+            way_out = "use a recipe in int8, such as switchback"
         raise RuntimeError(
-            f"swcompile's {what} or later; {facts.name} (cuda:{index}) has {major}.{minor}. "
-            f"Run on a newer GPU, or {way_out}."
+            f"swcompile's {number_format.name} kernels need compute capability {wanted} ({_ARCHITECTURES[oldest]}) or later; "
+            f"{facts.name} (cuda:{index}) has {found}. Run on a newer GPU, or {way_out}."
         )

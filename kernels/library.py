@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from swcompile.kernels.launch import OLDEST_CAPABILITY, require_supported_gpu
+from swcompile.kernels.formats import INT8, NumberFormat
+from swcompile.kernels.launch import require_supported_gpu
 
 LIBRARY = torch.library.Library("swcompile", "DEF")
 
@@ -31,28 +32,28 @@ def define_op(
     reference: Callable[..., Any],
     cuda: Callable[..., Any],
     fake: Callable[..., Any],
-    oldest_capability: tuple[int, int] = OLDEST_CAPABILITY,
+    number_format: NumberFormat = INT8,
 ) -> torch._ops.OpOverload:
     """Define `swcompile::<schema>` and return its overload, which is both callable and a graph node's target.
 
     `reference` is the CPU implementation, `cuda` launches the Triton kernel, `fake` infers shapes only (sizes
     may be symbolic). The first argument of all three is a tensor on the device where the op runs, or a list of such.
-    A GPU below `oldest_capability` is an error.
+    A GPU without tensor cores for `number_format` is an error.
     """
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     LIBRARY.impl(name, reference, "CPU")
-    LIBRARY.impl(name, _on_device_of_first_argument(cuda, oldest_capability), "CUDA")
+    LIBRARY.impl(name, _on_device_of_first_argument(cuda, number_format), "CUDA")
     torch.library.register_fake(f"swcompile::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.swcompile, name).default
 
 
-def _on_device_of_first_argument(function: Callable[..., Any], oldest: tuple[int, int]) -> Callable[..., Any]:
+def _on_device_of_first_argument(function: Callable[..., Any], number_format: NumberFormat) -> Callable[..., Any]:
     """Triton launches on the current device: make that the tensor's, and check that its GPU can run the kernel."""
 
     @wraps(function)
     def run(first: Any, *rest: Any) -> Any:
         index = (first if isinstance(first, torch.Tensor) else first[0]).device.index
-        require_supported_gpu(index, oldest)
+        require_supported_gpu(index, number_format)
         if index == torch.cuda.current_device():
             return function(first, *rest)
         with torch.cuda.device(index):

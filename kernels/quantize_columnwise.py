@@ -296,5 +296,5 @@ QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3 = define_op(
     reference=quantize_columnwise_transpose_e4m3_reference,
     cuda=quantize_columnwise_transpose_e4m3_triton,
     fake=_fake_e4m3,
-    oldest_capability=e4m3.OLDEST_CAPABILITY,
+    number_format=E4M3,
 )

@@ -6,7 +6,6 @@ Shapes: M rows of A, N rows of B (channels of one and the other side of a layer)
 import torch
 
 from swcompile.kernels import scaled_mm_kernels
-from swcompile.kernels.e4m3 import OLDEST_CAPABILITY
 from swcompile.kernels.formats import E4M3
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.scaled_mm import OUTPUT_DTYPES, scaled_mm_work
@@ -131,5 +130,5 @@ SCALED_MM_E4M3 = define_op(
     reference=scaled_mm_e4m3_reference,
     cuda=scaled_mm_e4m3_triton,
     fake=_fake,
-    oldest_capability=OLDEST_CAPABILITY,
+    number_format=E4M3,
 )

@@ -22,9 +22,7 @@ from swcompile.joint import (
     read_options,
     trace_joint,
 )
-from swcompile.kernels import e4m3
-from swcompile.kernels.formats import E4M3
-from swcompile.kernels.launch import OLDEST_CAPABILITY, require_supported_gpu
+from swcompile.kernels.launch import require_supported_gpu
 from swcompile.passes import joint_passes, post_grad_passes
 from swcompile.pipeline import log
 from swcompile.recipe import Recipe
@@ -70,10 +68,9 @@ def switchback(
     names = parameter_names(gm, example_inputs)
     _check_patterns(recipe, gm, names)
     devices = {value.device for value in example_inputs if isinstance(value, torch.Tensor)}
-    is_e4m3 = recipe.grad_weight is not None and recipe.grad_weight.number_format == E4M3
     for device in devices:
-        if device.type == "cuda":
-            require_supported_gpu(device.index, e4m3.OLDEST_CAPABILITY if is_e4m3 else OLDEST_CAPABILITY)
+        for number_format in recipe.number_formats if device.type == "cuda" else ():
+            require_supported_gpu(device.index, number_format)
     passes = joint_passes(recipe, is_whole=is_whole(gm))
     joint_pass = JointPass(
         passes,

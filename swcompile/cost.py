@@ -16,8 +16,7 @@ from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from swcompile.graph import Matmul, hint
-from swcompile.kernels import e4m3
-from swcompile.kernels.formats import INT8
+from swcompile.kernels.formats import E4M3, INT8
 from swcompile.kernels.launch import device_facts
 from swcompile.kernels.library import Work
 from swcompile.kernels.measurements import MeasurementFile
@@ -262,7 +261,7 @@ def _measure_current(device: torch.device, dtype: torch.dtype) -> DeviceRates:
         q, scale = QUANTIZE_ROWWISE(x)
         weight_q, weight_scale = QUANTIZE_ROWWISE(weight)
         small, small_weight = x[:16, :16].contiguous(), weight[:16, :16].contiguous()
-        has_e4m3 = not on_gpu or device_facts(device).capability >= e4m3.OLDEST_CAPABILITY
+        has_e4m3 = not on_gpu or device_facts(device).capability >= E4M3.oldest_capability
         e4m3_seconds = _e4m3_seconds(x, seconds) if has_e4m3 else math.inf
         flops = 2 * rows * size * size
         return DeviceRates(

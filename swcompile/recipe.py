@@ -107,6 +107,12 @@ class Recipe:
                 example = (value,) if isinstance(value, str) else ("blocks.*", "head.weight")
                 raise ValueError(f"Recipe: {field} is {value!r}, but must be a tuple of globs, such as {example!r}")
 
+    @property
+    def number_formats(self) -> list[NumberFormat]:
+        """Of all matmuls that it rewrites, each once."""
+        gemms = (self.output, self.grad_input, self.grad_weight)
+        return list(dict.fromkeys(gemm.number_format for gemm in gemms if gemm is not None))
+
     def format_of(self, role: Role) -> GemmFormat | None:
         """The format for matmuls of that role, or None to leave them."""
         return None if role is Role.OTHER else getattr(self, role.value)

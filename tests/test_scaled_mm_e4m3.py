@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from swcompile.kernels import e4m3, launch
+from swcompile.kernels import launch
+from swcompile.kernels.formats import E4M3
 from swcompile.kernels.launch import require_supported_gpu
 from swcompile.kernels.quantize_columnwise import (
     QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3,
@@ -169,6 +170,6 @@ def test_a_gpu_without_e4m3_is_an_error_that_names_a_recipe(monkeypatch: pytest.
     try:
         require_supported_gpu(0)
         with pytest.raises(RuntimeError, match=r"compute capability 8.9 .*Fake A100.*has 8.0.*such as switchback"):
-            require_supported_gpu(0, e4m3.OLDEST_CAPABILITY)
+            require_supported_gpu(0, E4M3)
     finally:
         require_supported_gpu.cache_clear()

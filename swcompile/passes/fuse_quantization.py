@@ -124,9 +124,11 @@ def _replace(graph: fx.Graph, region: Region, order: dict[fx.Node, float]) -> bo
 
 def _extend(order: dict[fx.Node, float], new: Iterable[fx.Node]) -> None:
     """Number new nodes, and move up those that read them: a node's number exceeds its sources'."""
-    pending = list(new)
+    pending, num_moves = list(new), 0
     while pending:
         node = pending.pop()
+        num_moves += 1
+        assert num_moves <= 100 * len(order), f"{node} reads what is computed from it"
         missing = [source for source in node.all_input_nodes if source not in order]
         if missing:  # a view of an input, new itself
             pending += [node, *missing]
