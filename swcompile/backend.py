@@ -75,7 +75,7 @@ def switchback(
     joint_pass = JointPass(
         passes,
         names=names,
-        identity=_cost_identity(gm, example_inputs, names) if recipe.skip_slower and names else "",
+        identity=_cost_identity(gm, example_inputs, names, recipe) if recipe.skip_slower and names else "",
         before=patches.get("joint_custom_pre_pass"),
         strict=recipe.strict,
     )
@@ -92,10 +92,11 @@ def switchback(
     return compiled
 
 
-def _cost_identity(gm: fx.GraphModule, inputs: Sequence[Any], names: Iterable[int]) -> str:
+def _cost_identity(gm: fx.GraphModule, inputs: Sequence[Any], names: Iterable[int], recipe: Recipe) -> str:
     """What the cost rule's decisions rest on, besides the graph: the devices' rates, and hints of symbolic sizes."""
     devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
-    return repr((rates_fingerprint(devices, _dtypes(gm, devices, names)), size_buckets(_symbolic(gm, inputs))))
+    rates = rates_fingerprint(devices, _dtypes(gm, devices, names), recipe.number_formats)
+    return repr((rates, size_buckets(_symbolic(gm, inputs))))
 
 
 def _symbolic(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:

@@ -4,6 +4,8 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +18,7 @@ from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from swcompile.graph import Matmul, hint
-from swcompile.kernels.formats import E4M3, INT8
-from swcompile.kernels.launch import device_facts
+from swcompile.kernels.formats import INT8, NumberFormat
 from swcompile.kernels.library import Work
 from swcompile.kernels.measurements import MeasurementFile
 from swcompile.kernels.quantize_columnwise import (
@@ -39,18 +40,16 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceRates:
-    """What one device gives, measured on it."""
+    """What one device gives in one dtype, and with one 8-bit format in its place: measured on it."""
 
     matmul: float
     """Rate of a large matmul in the model's own dtype, FLOP/s."""
-    int8_matmul: float
-    """Rate of a large `scaled_mm`, OP/s."""
+    quantized_matmul: float
+    """Rate of a large `scaled_mm`, or its like for the format, OP/s."""
     quantize: float
     """Rate of a large `quantize_rowwise`, bytes read and written a second."""
-    e4m3_matmul: float
-    """Rate of a large `scaled_mm_e4m3`, FLOP/s; 0 where the device has none."""
     quantize_columns: float
-    """Rate of a large `quantize_columnwise_transpose`, bytes a second, as its work counts them."""
+    """Rate of a large `quantize_columnwise_transpose` to the format, bytes a second, as its work counts them."""
     kernel: float
     """Seconds that the smallest kernel takes on the device."""
     matmul_call: float
@@ -115,7 +114,8 @@ def _original(matmul: Matmul, rates: DeviceRates | None) -> tuple[float, float]:
 def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     matmul, gemm, sharers, is_fused = candidate
     value = matmul.node.meta["val"]
-    rates = rates or device_rates(value.device, value.dtype)
+    original, original_host = _original(matmul, rates)
+    rates = rates or device_rates(value.device, value.dtype, gemm.number_format)
     m, n, k = _shape(matmul)
     itemsize = value.dtype.itemsize
     weight = matmul.lhs if matmul.weight_on_left else matmul.rhs
@@ -123,7 +123,6 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     weight_itemsize = unrounded(weight)[0].meta["val"].dtype.itemsize  # under autocast, of the parameter itself
     other_rows = m + n - weight_rows
 
-    original, original_host = _original(matmul, rates)
     multiply = scaled_mm_work(m, n, k, itemsize)
     # An operand with one scale, or with scales for what is not summed over, is read twice: its absmax is a kernel itself.
     activation_kernels, weight_kernels = 1, 2 if gemm.weight is Scaling.TENSOR else 1
@@ -141,10 +140,9 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
         quantize_other, activation_kernels = other_rows * (k + 4) / rates.quantize, 0
     quantize_other += activation_kernels * rates.kernel
     quantize_weight += weight_kernels * rates.kernel
-    rate = rates.int8_matmul if gemm.number_format == INT8 else rates.e4m3_matmul
     return _Times(
         original=original,
-        quantized=max(multiply.flops / rate if rate else math.inf, multiply.bytes / rates.quantize)
+        quantized=max(multiply.flops / rates.quantized_matmul, multiply.bytes / rates.quantize)
         + rates.kernel
         + quantize_other / sharers
         + quantize_weight,
@@ -190,19 +188,19 @@ def _symbol_hint(symbol: sympy.Symbol, shape_env: ShapeEnv) -> int:
     return hint(torch.SymInt(SymNode(symbol, shape_env, int, None)))
 
 
-def device_rates(device: torch.device, dtype: torch.dtype) -> DeviceRates:
-    """Rates of a device for a dtype. Measured once (under a second, and kernel tuning), then read from a file in
+def device_rates(device: torch.device, dtype: torch.dtype, number_format: NumberFormat = INT8) -> DeviceRates:
+    """Rates of a device for a dtype and an 8-bit format. Measured once (under a second, and kernel tuning), then read from a file in
     Inductor's cache folder, where the first process to write decides for all that share it.
 
     The rates are those of the device's model: GPUs of one name get the same, so ranks decide alike.
     """
-    key = _device_key(device, dtype)
+    key = _device_key(device, dtype, number_format)
     if key not in _known:
         file = MeasurementFile(Path(cache_dir()) / "swcompile" / "device_rates.json")
         stored = file.read().get(key)
         rates = _rates_from(stored)
         if rates is None:
-            measured = _measure(device, dtype)
+            measured = _measure(device, dtype, number_format)
             rates = _rates_from(file.add(key, dataclasses.asdict(measured), instead_of=stored)) or measured
         _known[key] = rates
     return _known[key]
@@ -211,21 +209,24 @@ def device_rates(device: torch.device, dtype: torch.dtype) -> DeviceRates:
 _known: dict[str, DeviceRates] = {}
 
 
-def rates_fingerprint(devices: Iterable[torch.device], dtypes: Iterable[torch.dtype]) -> str:
+def rates_fingerprint(
+    devices: Iterable[torch.device], dtypes: Iterable[torch.dtype], number_formats: Iterable[NumberFormat] = (INT8,)
+) -> str:
     """What a cache key needs of the rates on which decisions rest."""
     measured = {device for device in devices if device.type in ("cpu", "cuda")}
-    wanted = [(device, dtype) for device in measured for dtype in set(dtypes).intersection(_DTYPES)]
-    return repr(sorted({(_device_key(*pair), repr(device_rates(*pair))) for pair in wanted}))
+    wanted = product(measured, set(dtypes).intersection(_DTYPES), {INT8, *number_formats})
+    return repr(sorted({(_device_key(*of), repr(device_rates(*of))) for of in wanted}))
 
 
-def _device_key(device: torch.device, dtype: torch.dtype) -> str:
+def _device_key(device: torch.device, dtype: torch.dtype, number_format: NumberFormat = INT8) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         precision = torch.get_float32_matmul_precision()
     else:
         name = f"{device.type} {torch.get_num_threads()} threads"
         precision = "highest"
-    return f"{name}, torch {torch.__version__}, {dtype}, float32 {precision}, swcompile {source_fingerprint()[:16]}"
+    numbers = f"{dtype}, {number_format.name}, float32 {precision}"
+    return f"{name}, torch {torch.__version__}, {numbers}, swcompile {source_fingerprint()[:16]}"
 
 
 def _rates_from(stored: Any) -> DeviceRates | None:
@@ -239,17 +240,17 @@ def _rates_from(stored: Any) -> DeviceRates | None:
     return DeviceRates(**stored)
 
 
-_NOT_ZERO = ("matmul", "int8_matmul", "quantize", "quantize_columns", "kernel")
+_NOT_ZERO = ("matmul", "quantized_matmul", "quantize", "quantize_columns", "kernel")
 
 
-def _measure(device: torch.device, dtype: torch.dtype) -> DeviceRates:
+def _measure(device: torch.device, dtype: torch.dtype, number_format: NumberFormat) -> DeviceRates:
     if device.type == "cuda":
         with torch.cuda.device(device):  # events, sleep and synchronize are the current device's
-            return _measure_current(device, dtype)
-    return _measure_current(device, dtype)
+            return _measure_current(device, dtype, number_format)
+    return _measure_current(device, dtype, number_format)
 
 
-def _measure_current(device: torch.device, dtype: torch.dtype) -> DeviceRates:
+def _measure_current(device: torch.device, dtype: torch.dtype, number_format: NumberFormat) -> DeviceRates:
     on_gpu = device.type == "cuda"
     size = 4096 if on_gpu else 512
     rows = 8 * size if on_gpu else 2 * size
@@ -258,29 +259,26 @@ def _measure_current(device: torch.device, dtype: torch.dtype) -> DeviceRates:
     with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng([device] if on_gpu else []), autocast:
         x = torch.randn(rows, size, device=device, dtype=dtype)
         weight = torch.randn(size, size, device=device, dtype=dtype)
-        q, scale = QUANTIZE_ROWWISE(x)
-        weight_q, weight_scale = QUANTIZE_ROWWISE(weight)
+        if number_format == INT8:
+            quantize_columns: Callable[..., Any] = QUANTIZE_COLUMNWISE_TRANSPOSE
+            (q, scale), (weight_q, weight_scale) = QUANTIZE_ROWWISE(x), QUANTIZE_ROWWISE(weight)
+            quantized_matmul = partial(SCALED_MM, q, weight_q, scale, weight_scale, None, dtype)
+        else:  # sums over the rows, as a weight's gradient does; as many operations
+            quantize_columns = QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3
+            q, scale = quantize_columns(x)
+            quantized_matmul = partial(SCALED_MM_E4M3, q, q, scale, scale, dtype)
         small, small_weight = x[:16, :16].contiguous(), weight[:16, :16].contiguous()
-        has_e4m3 = not on_gpu or device_facts(device).capability >= E4M3.oldest_capability
-        e4m3_seconds = _e4m3_seconds(x, seconds) if has_e4m3 else math.inf
         flops = 2 * rows * size * size
         return DeviceRates(
             matmul=flops / seconds(lambda: x @ weight),
-            int8_matmul=flops / seconds(lambda: SCALED_MM(q, weight_q, scale, weight_scale, None, dtype)),
+            quantized_matmul=flops / seconds(quantized_matmul),
             quantize=quantize_rowwise_work(rows, size, dtype.itemsize).bytes / seconds(lambda: QUANTIZE_ROWWISE(x)),
-            e4m3_matmul=2 * rows * size * size / e4m3_seconds,
             quantize_columns=quantize_columnwise_transpose_work(rows, size, dtype.itemsize).bytes
-            / seconds(lambda: QUANTIZE_COLUMNWISE_TRANSPOSE(x)),
+            / seconds(lambda: quantize_columns(x)),
             kernel=seconds(lambda: QUANTIZE_ROWWISE(small)),
             matmul_call=_host_seconds(lambda: small @ small_weight) if on_gpu else 0.0,
             quantize_call=_host_seconds(lambda: QUANTIZE_ROWWISE(small)) if on_gpu else 0.0,
         )
-
-
-def _e4m3_seconds(x: torch.Tensor, seconds: Callable[[Callable[[], object]], float]) -> float:
-    """Of a matmul of [tokens, width] operands that sums over the tokens."""
-    q, scale = QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3(x)
-    return seconds(lambda: SCALED_MM_E4M3(q, q, scale, scale, x.dtype))
 
 
 def _cpu_seconds(run: Callable[[], object]) -> float:

@@ -12,7 +12,8 @@ from row_programs import PROGRAMS, make_inputs
 
 from swcompile.kernels.launch import triton
 from swcompile.kernels.map_rows import map_rows_reference, map_rows_triton
-from swcompile.kernels.row_program import POINTWISE, Action, parse
+from swcompile.kernels.quantize_rowwise import quantize_rowwise_reference
+from swcompile.kernels.row_program import POINTWISE, Action, Output, parse
 from swcompile.kernels.row_program_source import source
 from swcompile.kernels.row_program_triton import MAX_COLUMNS, MAX_ELEMENTS, RowConfig, candidates, launch
 
@@ -45,6 +46,19 @@ def test_kernel_equals_reference(name: str, dtype: str) -> None:
     for num_rows, num_columns in ((3, 40), (8, 512), (13, 600)):
         inputs = make_inputs(text, num_rows, num_columns, DEVICE)
         assert_close(text, map_rows_triton(inputs, text), map_rows_reference(inputs, text))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["layer_norm", "layer_norm_backward", "rms_norm", "gelu", "gelu_backward"])
+def test_int8_is_that_of_the_stored_value_to_the_bit(name: str, dtype: str) -> None:
+    text = PROGRAMS[name].replace("bf16", dtype)
+    program = parse(text)
+    results = map_rows_triton(make_inputs(text, 13, 600, DEVICE), text)
+    (quantized,) = (output.ref for output in program.outputs if output.action is Action.QUANTIZE)
+    stored = [output.ref for output in program.outputs].index(quantized)  # what is stored comes first
+    q, scale = results[program.outputs.index(Output(Action.QUANTIZE, quantized)) :][:2]
+    expected_q, expected_scale = quantize_rowwise_reference(results[stored])
+    assert torch.equal(q, expected_q) and torch.equal(scale, expected_scale)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -6,6 +6,7 @@ import torch
 from swcompile.kernels.map_rows import MAP_ROWS, map_rows, map_rows_work
 from swcompile.kernels.quantize_rowwise import quantize_rowwise_reference
 from swcompile.kernels.row_program import Action, Output, Ref, Shape, Step, Value, parse
+from swcompile.kernels.row_program_source import source
 
 RMS_NORM = """\
 %0: bf16[M, K] = input
@@ -26,6 +27,8 @@ sum_rows %7: f32"""
 def test_text_comes_back() -> None:
     program = parse(RMS_NORM)
     assert str(program) == RMS_NORM and parse(str(program)) is program
+    assert str(parse(program.text)) == RMS_NORM
+    assert "\n" not in program.text, "Inductor writes it into a comment of one line"
     assert program.inputs == (Value(Shape.MATRIX, torch.bfloat16), Value(Shape.ROW, torch.float32))
     assert program.steps[1] == Step("sum", (Ref(2),), Value(Shape.COLUMN, torch.float32))
     assert program.outputs[2:] == (Output(Action.QUANTIZE, Ref(8)), Output(Action.SUM_ROWS, Ref(7), torch.float32))
@@ -73,6 +76,25 @@ def test_reference_computes_each_step_and_rounds_it() -> None:
     assert torch.equal(q, quantize_rowwise_reference(expected)[0])
     assert torch.equal(scale, quantize_rowwise_reference(expected)[1])
     assert torch.equal(total, (wide * expected_inverse).sum(0))
+
+
+PRODUCTS = {
+    "read by a sum alone": ("%2: f32[M, K] = mul(%0, %1)\n%3: f32[M, K] = add(%2, %0)\nstore %3", "tl.fma(v0_0, v1_0, v0_0)"),
+    "subtracted": ("%2: f32[M, K] = mul(%0, %1)\n%3: f32[M, K] = sub(%0, %2)\nstore %3", "tl.fma(-(v0_0), v1_0, v0_0)"),
+    "less something": ("%2: f32[M, K] = mul(%0, %1)\n%3: f32[M, K] = sub(%2, %0)\nstore %3", "tl.fma(v0_0, v1_0, -(v0_0))"),
+    "summed over rows": ("%2: f32[M, K] = mul(%0, %1)\nstore %0\nsum_rows %2: f32", "tl.fma(v0_0, v1_0, sum1_0)"),
+    "stored as well": ("%2: f32[M, K] = mul(%0, %1)\n%3: f32[M, K] = add(%2, %0)\nstore %2\nstore %3", None),
+    "read twice": ("%2: f32[M, K] = mul(%0, %1)\n%3: f32[M, K] = add(%2, %2)\nstore %3", None),
+    "rounded": ("%2: bf16[M, K] = mul(%0, %1)\n%3: f32[M, K] = add(%2, %0)\nstore %3", None),
+    "a column": ("%2: f32[M, 1] = sum(%0)\n%3: f32[M, 1] = mul(%2, %2)\n%4: f32[M, K] = add(%0, %3)\nstore %4", None),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_that_are_part_of_a_multiply_add(name: str) -> None:
+    steps, folded = PRODUCTS[name]
+    text = source(parse(f"%0: f32[M, K] = input\n%1: f32[M, K] = input\n{steps}"), 1)
+    assert folded in text if folded else "tl.fma" not in text
 
 
 def test_inputs_are_checked() -> None:
