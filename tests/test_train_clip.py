@@ -104,8 +104,8 @@ def test_the_sweep_has_a_run_for_each_rate_and_variant(
     assert seen[0] == ("0.01, plain", "switchback", 0.01, {}) and seen[-1] == ("1, both", "switchback", 1.0, both)
     table = sweep_learning_rates.table(results, (0.01, 1.0), batch_size=8)
     cells = [list(column.cells) for column in table.columns]
-    assert cells[0] == ["0.01", "1"] and cells[1] == ["1.125 (25.0%)", "diverged"]
-    assert cells[4] == ["1.875 (25.0%)", "2.000 (25.0%) diverged"]  # no better than guessing among 8
+    assert cells[0] == ["0.01", "1"] and cells[1] == ["1.12 (25.0%)", "diverged (nan)"]
+    assert cells[4] == ["1.88 (25.0%)", "diverged (2.00)"]  # no better than guessing among 8
 
 
 def test_every_run_is_done_with_each_optimizer() -> None:
