@@ -213,6 +213,18 @@ def test_small_updates_count_with_master_weights_alone() -> None:
 
 
 @on_every_path
+def test_a_backward_through_parameters_that_a_step_has_changed_is_an_error(device: str) -> None:
+    layer = nn.Linear(4, 3).to(device)
+    optimizer = StableAdamW(layer.parameters(), lr=1e-2)
+    x = torch.randn(2, 4, device=device, requires_grad=True)
+    first, second = layer(x).sum(), layer(x).square().sum()
+    first.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second.backward()
+
+
+@on_every_path
 def test_groups_dtypes_and_gradients_that_are_missing(device: str) -> None:
     """float32 and bfloat16 with gradients of both, two groups, some without gradient now and then, one frozen."""
     params = parameters(device) + parameters(device, torch.bfloat16, seed=1)

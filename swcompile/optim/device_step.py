@@ -299,6 +299,8 @@ class DeviceStep:
         for bound in self.buckets:
             values |= bound.inputs()
         outputs = self.function(*(values[name] for name in self.input_names))
+        if self.is_lowered:  # autograd sees no write through an address; whoever saved a parameter is to be told
+            torch.autograd.graph.increment_version([local for bound in self.buckets for local in bound.locals])
         for bound, (rms, changes) in zip(self.buckets, outputs, strict=True):
             bound.rms, bound.changes = rms, changes
 
