@@ -3,7 +3,7 @@
 import torch
 
 from swcompile.kernels.row_program import Shape, parse
-from swcompile.passes.fuse_quantization import MAX_SUMMED
+from swcompile.row_regions import MAX_SUMMED
 
 PROGRAMS = {
     "layer_norm": """\

@@ -27,7 +27,8 @@ def map_rows(inputs: Sequence[torch.Tensor], program: RowProgram) -> list[torch.
     """Run a program over the rows of matrices.
 
     Each step is computed in float32 and rounded to its dtype, so the result does not depend on what is fused with
-    what; a kernel may differ from the reference in the last bits of float32 of a sum or of a transcendental function.
+    what; a kernel may differ from the reference in the last bits of float32 of a sum, of a transcendental function, or
+    of a product that a sum alone reads, which a GPU does not round.
     A quantised value is rounded to its own dtype first: int8 is that of the value as it would be stored.
 
     Args:

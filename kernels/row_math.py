@@ -15,7 +15,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def to_bfloat16(x):
-    """A float32 matrix in bfloat16, two elements an instruction.
+    """A matrix in bfloat16, by way of float32, two elements an instruction.
 
     The compiler's own conversion of a value that is needed in float32 again is one element an instruction, and of a
     kind that a multiprocessor issues an eighth as often as an addition.
@@ -24,7 +24,7 @@ def to_bfloat16(x):
         return x.to(tl.bfloat16)
     else:
         return tl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x.to(tl.float32)], dtype=tl.bfloat16, is_pure=True, pack=2
         )
 
 

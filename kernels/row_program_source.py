@@ -15,12 +15,13 @@ from swcompile.kernels.row_program import POINTWISE, Action, Output, Ref, RowPro
 
 
 @cache
-def source(program: RowProgram, num_pieces: int) -> str:
+def source(program: RowProgram, num_pieces: int, loads_ahead: bool = False) -> str:
     """The source of a module with the Triton function `row_kernel` for rows of so many pieces.
 
     A program that sums rows leaves a sum for each program of its grid; `sum_kernel` adds these, in the same order always.
+    With `loads_ahead` it holds all matrices of the tile that comes next in shared memory.
     """
-    return _Writer(program, num_pieces).write()
+    return _Writer(program, num_pieces, loads_ahead).write()
 
 
 _HEADER = '''\
@@ -46,7 +47,7 @@ def row_kernel(
 
 _SUM_KERNEL = '''
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_programs"])
 def sum_kernel(partial, {totals}, num_programs, K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr):
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     start = partial + tl.program_id(1).to(tl.int64) * num_programs * K
@@ -63,8 +64,9 @@ _TRITON_DTYPES = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", to
 class _Writer:
     """Writes the lines of a kernel, each value when it is first needed: a thread then holds few at a time."""
 
-    def __init__(self, program: RowProgram, num_pieces: int):
+    def __init__(self, program: RowProgram, num_pieces: int, loads_ahead: bool):
         self.program = program
+        self.loads_ahead = loads_ahead
         self.pieces = range(num_pieces)
         self.lines: list[str] = []
         self.written: set[str] = set()
@@ -91,8 +93,7 @@ class _Writer:
         for number in sums:
             for i in self.pieces:
                 self._line(f"sum{number}_{i} = tl.zeros([BLOCK_M, WIDTH], tl.float32)")
-        # Few programs that loop wait for memory, unless the next tile's inputs are on the way to shared memory.
-        stages = ", num_stages=2" if sums else ""
+        stages = ", num_stages=2" if self.loads_ahead else ""
         self._line(f"for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0){stages}):")
         self._tile()
         for number in sums:
@@ -261,12 +262,14 @@ class _Writer:
         return None
 
     def _factors(self, argument: Ref | float, i: int | None) -> list[str] | None:
-        """The factors of a float32 product that is read once, and not written yet."""
+        """The factors of a float32 product that is read once, here."""
         if isinstance(argument, float) or argument.index < len(self.program.inputs) or self.num_readers[argument] > 1:
             return None
         step, value = self._step_of(argument), self.program.value(argument)
         if step.op != "mul" or value.dtype != torch.float32 or (i is None) != (value.shape is Shape.COLUMN):
             return None
+        if not all(isinstance(factor, Ref) or 1e-37 < abs(factor) < 1e38 for factor in step.args):
+            return None  # a number that Triton might take for a float64
         return [self._argument(factor, i) for factor in step.args]
 
     def _division(self, divisor: Ref | float, argument: str) -> tuple[str, str]:

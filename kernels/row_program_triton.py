@@ -4,9 +4,10 @@ Shapes: M rows, K features a row.
 """
 
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -77,7 +78,7 @@ def launch(
     partial = inputs[0].new_empty((len(totals), num_programs, num_columns), dtype=torch.float32)
     parts = iter(partial)
     pointers += [next(parts) if action is Action.SUM_ROWS else t for t, action in zip(outputs, actions, strict=True)]
-    kernels = _kernels(program, config, num_columns)
+    kernels = _kernels(program, config, num_columns, inputs[0].device)
     kernels.row_kernel[(num_programs,)](*pointers, num_rows, **_options(config, num_rows, num_columns))
     if totals:
         grid = (triton.cdiv(num_columns, _SUM_COLUMNS), len(totals))
@@ -85,6 +86,8 @@ def launch(
 
 
 _compilers = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="row program")
+if hasattr(threading, "_register_atexit"):  # a pool's threads else finish all their work before the process ends
+    threading._register_atexit(partial(_compilers.shutdown, wait=False, cancel_futures=True))
 _pending: dict[tuple[RowProgram, int, torch.device], Future[Any]] = {}
 
 
@@ -98,16 +101,30 @@ def compile_in_background(program: RowProgram, num_rows: int | None, num_columns
         device: a CUDA device.
     """
     config = candidates(program, num_columns)[0]
-    _kernels(program, config, num_columns)  # imports a module, which is better not done in a thread
+    _kernels(program, config, num_columns, device)  # imports a module, which is better not done in a thread
+    triton.runtime.driver.active.get_current_target()  # so is this, when it is done for the first time
     even_rows = num_rows is None or num_rows % config.rows == 0
     key = program, num_columns, device
     if key not in _pending:
         _pending[key] = _compilers.submit(_compile, program, config, num_columns, even_rows, device)
 
 
-def _kernels(program: RowProgram, config: RowConfig, num_columns: int) -> Any:
+def _kernels(program: RowProgram, config: RowConfig, num_columns: int, device: torch.device) -> Any:
     """The module that holds a program's kernels."""
-    return compile_source(source(program, triton.cdiv(num_columns, config.width)))
+    ahead = loads_ahead(program, config, num_columns, device_facts(device).shared_memory)
+    return compile_source(source(program, triton.cdiv(num_columns, config.width), ahead))
+
+
+def loads_ahead(program: RowProgram, config: RowConfig, num_columns: int, shared_memory: int) -> bool:
+    """Whether to fetch the next tile while one is computed: where programs loop, if a multiprocessor has room for it."""
+    has_sums = any(output.action is Action.SUM_ROWS for output in program.outputs)
+    itemsizes = sum(value.dtype.itemsize for value in program.inputs if value.shape is not Shape.COLUMN)
+    num_elements = config.rows * config.width * triton.cdiv(num_columns, config.width)
+    return has_sums and itemsizes * num_elements + _SHARED_MEMORY_BESIDE <= shared_memory
+
+
+_SHARED_MEMORY_BESIDE = 8192
+"""Bytes of shared memory for reductions, and what the driver keeps."""
 
 
 def _options(config: RowConfig, num_rows: int, num_columns: int) -> dict[str, Any]:
@@ -148,7 +165,7 @@ def _compile(
     program: RowProgram, config: RowConfig, num_columns: int, even_rows: bool, device: torch.device
 ) -> Any:
     """Compile the kernels of a program for inputs that are aligned, as most are; returns the compiled `row_kernel`."""
-    kernels = _kernels(program, config, num_columns)
+    kernels = _kernels(program, config, num_columns, device)
     pointers: list[Any] = []
     for value in program.inputs:
         pointers += [value.dtype, num_columns] if value.shape is Shape.MATRIX else [value.dtype]

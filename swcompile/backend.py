@@ -106,16 +106,32 @@ def _symbolic(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _dtypes(gm: fx.GraphModule, devices: Iterable[torch.device], names: Iterable[int]) -> set[torch.dtype]:
-    """The dtypes of what a Dynamo graph computes from its parameters (by number of their inputs), and autocast's.
+    """The dtypes of a Dynamo graph's matmuls, of what it computes from weights (by number of their inputs), and autocast's.
 
     To measure a device for a dtype takes seconds; norms compute in float32 in models whose matmuls never do.
     """
     inputs = gm.graph.find_nodes(op="placeholder")
-    weights = [inputs[number] for number in names if inputs[number].meta["example_value"].dim() > 1]
-    read = [(weight.meta["example_value"], user.meta.get("example_value")) for weight in weights for user in weight.users]
-    found = {(value if isinstance(value, torch.Tensor) else weight).dtype for weight, value in read}
+    nodes = [user for number in names for user in inputs[number].users if _rank(inputs[number]) > 1]
+    for part in gm.modules():
+        if isinstance(part, fx.GraphModule):  # the whole, and what is checkpointed
+            nodes += [node for node in part.graph.nodes if any(name in _called(node) for name in _MATMULS)]
+    values = (node.meta.get("example_value") for node in nodes)
+    found = {value.dtype for value in values if isinstance(value, torch.Tensor)}
     kinds = {device.type for device in devices}
     return found | {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
+
+
+_MATMULS = ("linear", "matmul", "addmm", "bmm", "mm", "einsum", "attention")
+
+
+def _called(node: fx.Node) -> str:
+    """The name of the function or method that a node calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _rank(node: fx.Node) -> int:
+    value = node.meta.get("example_value")
+    return value.dim() if isinstance(value, torch.Tensor) else 0
 
 
 def _check_patterns(recipe: Recipe, gm: fx.GraphModule, names: Mapping[int, str]) -> None:

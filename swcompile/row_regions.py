@@ -17,6 +17,10 @@ aten = torch.ops.aten
 
 MAX_INPUTS = 6
 """Matrices that a kernel reads at most: their rows wait in registers."""
+MAX_OUTPUTS = 8
+"""Values that a kernel leaves at most; others are left to be computed where they are read."""
+MAX_SUMMED = 16384
+"""Features of all sums over rows that a kernel makes: a multiprocessor has registers for so many running sums."""
 MAX_MEMBERS = 64
 """Nodes that a region grows by at most for a second quantisation: what is further away has no inputs in common."""
 
@@ -166,6 +170,7 @@ def absorb_neighbours(region: Region, order: dict[fx.Node, float]) -> None:
     """Add what the kernel can do beside: sums over its rows, and values for others that need no further input."""
     known = region.members | region.inputs
     computable: dict[fx.Node, None] = {}
+    summed: list[fx.Node] = []
     pending = sorted(known, key=order.__getitem__)
     while pending:
         for user in pending.pop(0).users:
@@ -174,10 +179,12 @@ def absorb_neighbours(region: Region, order: dict[fx.Node, float]) -> None:
             if not all(source in known or source in computable for source in sources(user)):
                 continue
             if region.frame.sums_rows(user):
-                _absorb(region, user, order)
+                summed.append(user)
             elif region.frame.computes(user) and region.frame.shape_of(user.meta["val"]) is Shape.MATRIX:
                 computable[user] = None
                 pending.append(user)
+    for node in sorted(dict.fromkeys(summed), key=lambda node: node.all_input_nodes[0] in region.inputs):
+        _absorb(region, node, order)  # what others would have to compute again comes first
     for node in computable:
         value = node.meta["val"]
         is_read = any(not region.frame.computes(user) for user in node.users if user not in region.sums)
@@ -188,6 +195,8 @@ def absorb_neighbours(region: Region, order: dict[fx.Node, float]) -> None:
 def _absorb(region: Region, node: fx.Node, order: dict[fx.Node, float]) -> None:
     """Let the region compute a node from what it has, unless that ties a knot."""
     is_sum = region.frame.sums_rows(node)
+    if is_sum and len(region.sums) >= min(MAX_OUTPUTS - len(region.roots), MAX_SUMMED // region.frame.num_columns):
+        return
     members, inputs = _closure(node.all_input_nodes if is_sum else [node], region.frame, region.inputs)
     if not inputs <= region.inputs | region.members or len(region.sums) + len(members) > 64:
         return

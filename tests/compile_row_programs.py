@@ -1,5 +1,10 @@
 """Compiles row programs for GPUs that need not be there, and looks for registers that did not suffice."""
 
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
 import torch
 import triton
 from row_programs import PROGRAMS
@@ -8,7 +13,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from swcompile.kernels.row_program import Action, RowProgram, Shape, parse
 from swcompile.kernels.row_program_source import source
-from swcompile.kernels.row_program_triton import candidates, compile_source
+from swcompile.kernels.row_program_triton import candidates, compile_source, loads_ahead
 
 MASKS = """\
 %0: bf16[M, K] = input
@@ -28,9 +33,17 @@ store %6
 store %8
 quantize %12
 sum_rows %7: f32"""
+MANY_WIDE_INPUTS = (
+    "".join(f"%{number}: f32[M, K] = input\n" for number in range(6))
+    + "%6: f32[M, K] = add(%0, %1)\n%7: f32[M, K] = add(%2, %3)\n%8: f32[M, K] = add(%4, %5)\n%9: f32[M, K] = add(%6, %7)\n"
+    + "%10: f32[M, K] = mul(%8, %9)\nquantize %10\nsum_rows %10: f32"
+)
+OWN = {"masks": MASKS, "many wide inputs": MANY_WIDE_INPUTS}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes that a program may have, by compute capability; a multiprocessor has 1 KB more."""
 WIDTHS = {
     "layer_norm": 1280, "layer_norm_backward": 1280, "rms_norm_backward": 4096, "gelu": 5120, "gelu_backward": 5120,
-    "swiglu": 14336, "swiglu_backward": 14336, "masks": 1280,
+    "swiglu": 14336, "swiglu_backward": 14336, "masks": 1280, "many wide inputs": 16384,
 }  # fmt: skip
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1"}
 
@@ -58,22 +71,34 @@ def compile_for(
     kernel_source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
     options = {"num_warps": num_warps, "enable_fp_fusion": False}
     compiled = triton.compile(kernel_source, target=GPUTarget("cuda", capability, 32), options=options)
-    ptx = compiled.asm["ptx"]
-    assert "st.local" not in ptx and "ld.local" not in ptx, "registers spill"
+    assert compiled.metadata.shared <= SHARED_MEMORY[capability], "more shared memory than there is"
     return compiled
+
+
+def stack_bytes(compiled: CompiledKernel) -> int:
+    """Bytes a thread that did not fit into registers."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    (found,) = re.findall(r"STACK:(\d+)", usage)
+    return int(found)
 
 
 def main() -> None:
     """Every program at a width that models have; the last line that it prints says that all is well."""
     for name, num_columns in WIDTHS.items():
-        program = parse(PROGRAMS.get(name, MASKS))
+        program = parse(OWN.get(name) or PROGRAMS[name])
         config = candidates(program, num_columns)[0]
-        module = compile_source(source(program, triton.cdiv(num_columns, config.width)))
         constants = {"K": num_columns, "BLOCK_M": config.rows, "WIDTH": config.width}
         constants |= {"EVEN_M": True, "EVEN_K": num_columns % config.width == 0}
         for capability in (80, 90):
             types = signature_of(program)
+            ahead = loads_ahead(program, config, num_columns, SHARED_MEMORY[capability] + 1024)
+            module = compile_source(source(program, triton.cdiv(num_columns, config.width), ahead))
             compiled = compile_for(capability, module.row_kernel, types, constants, config.num_warps)
+            assert name in OWN or stack_bytes(compiled) == 0, f"{name}: registers spill"
             lines = compiled.asm["ptx"].splitlines()
             loads = f".v{config.adjacent // 2}", f"0x{2 * config.adjacent:x},"  # to registers, to shared memory
             assert any(

@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import swcompile
 from swcompile import Role, cost
+from swcompile.backend import _dtypes
 from swcompile.cost import DeviceRates, device_rates, rates_fingerprint
+from swcompile.joint import parameter_names
 from swcompile.kernels import measurements
 from swcompile.kernels.formats import E4M3, INT8, NumberFormat
 
@@ -82,6 +85,36 @@ def test_the_gpu_that_is_measured_is_the_current_one(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(cost, "_measure_current", measure)
     assert cost._measure(torch.device("cuda", 2), torch.float32, INT8) is RATES and current == [0]
+
+
+class Cast(nn.Module):
+    """A weight that reaches its matmul in another dtype, after other steps, or in a function that is checkpointed."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.norm, self.weight = how, nn.LayerNorm(8), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x.float()).bfloat16()
+        if self.how == "checkpoint":
+            return checkpoint(lambda y: y @ self.weight.bfloat16(), x, use_reentrant=False)
+        weight = {"scaled": self.weight * 2, "turned": self.weight.t()}.get(self.how, self.weight)
+        return nn.functional.linear(x, weight.bfloat16())
+
+
+@pytest.mark.parametrize("how", ["cast", "scaled", "turned", "checkpoint", "bfloat16"])
+def test_rates_are_for_the_dtypes_of_matmuls(how: str) -> None:
+    found = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        found.append(_dtypes(gm, [CPU], parameter_names(gm, inputs)))
+        return gm
+
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)).bfloat16() if how == "bfloat16" else Cast(how)
+    torch.compile(model, backend=backend, fullgraph=True)(torch.randn(4, 8, dtype=torch.bfloat16))
+    assert torch.bfloat16 in found[0]
+    assert how != "bfloat16" or found[0] == {torch.bfloat16}
+    assert _dtypes(torch.fx.symbolic_trace(model), [CPU], []) == set(), "a graph that Dynamo has not made"
 
 
 def test_of_two_ranks_that_measure_at_once_both_take_the_first_ones_rates(

@@ -18,11 +18,11 @@ from torch.nn.functional import gelu, silu
 from torch.utils.checkpoint import checkpoint
 
 import swcompile
-from swcompile import format_graph, make_recipe, run_passes
+from swcompile import format_graph, make_recipe, row_regions, run_passes
 from swcompile.joint import JointPass, parameter_names
 from swcompile.kernels.map_rows import MAP_ROWS
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
-from swcompile.kernels.row_program import RowProgram, parse
+from swcompile.kernels.row_program import Action, RowProgram, Shape, parse
 from swcompile.passes import joint_passes
 from swcompile.passes.fuse_quantization import fuse_quantization
 from swcompile.row_steps import Frame
@@ -372,6 +372,24 @@ def counting(function: Callable[..., Any], calls: list[int]) -> Callable[..., An
         return function(*args)
 
     return call
+
+
+def test_sums_that_no_registers_are_left_for_are_left_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Residual(2).bfloat16(), torch.randn(2, 8, 32).bfloat16()
+    plain = gradients(torch.compile(model), lambda c: c(x).float().square().mean(), list(model.parameters()))
+    counts = []
+    for most in (16384, 32):
+        monkeypatch.setattr(row_regions, "MAX_SUMMED", most)
+        torch._dynamo.reset()
+        split = Split(fuse=True)
+        call = torch.compile(model, backend=split, fullgraph=True)
+        fused = gradients(call, lambda c: c(x).float().square().mean(), list(model.parameters()))
+        assert all((a - e).norm() <= 0.1 * e.norm() for a, e in zip(fused, plain, strict=True))
+        programs = split.programs(1)
+        counts.append(max(sum(o.action is Action.SUM_ROWS for o in p.outputs) for p in programs))
+        stored = [p.value(o.ref) for p in programs for o in p.outputs if o.action is Action.STORE]
+        assert all(value.dtype is not torch.float32 or value.shape is not Shape.MATRIX for value in stored)
+    assert counts[0] > counts[1] == 1
 
 
 def test_a_deep_model_takes_time_in_proportion() -> None:

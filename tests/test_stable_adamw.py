@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -222,6 +223,29 @@ def test_a_backward_through_parameters_that_a_step_has_changed_is_an_error(devic
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         second.backward()
+
+
+@on_every_path
+def test_gradients_are_let_go_of_after_the_step(device: str) -> None:
+    params = parameters(device)
+    optimizer = StableAdamW(params, lr=1e-2)
+    give_gradients(params, 0)
+    optimizer.step()
+    gone = weakref.ref(params[0].grad)
+    optimizer.zero_grad(set_to_none=True)
+    assert gone() is None
+
+
+@on_every_path
+def test_a_parameter_that_is_laid_out_anew(device: str) -> None:
+    params, others = ([nn.Parameter(torch.arange(9.0, device=device).reshape(3, 3))] for _ in range(2))
+    ours, plain = (StableAdamW(group, lr=1e-2) for group in (params, others))
+    for step in range(2):
+        grad = torch.full((3, 3), 1.0 + step, device=device).tril()
+        params[0].grad, others[0].grad = grad.clone(), grad.clone()
+        ours.step(), plain.step()
+        params[0].data = params[0].data.t().contiguous().t()  # elsewhere or not, with other strides
+    torch.testing.assert_close(params[0], others[0], rtol=1e-6, atol=0)
 
 
 @on_every_path

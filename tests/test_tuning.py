@@ -230,7 +230,9 @@ def test_candidates_are_compiled_together_and_once():
 
 
 def test_calls_run_in_threads_and_errors_are_left_to_others(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(seen.append(stream)))
+    seen: list[str] = []
     both, done = threading.Barrier(2, timeout=30), []
 
     def call(number: int) -> None:
@@ -239,7 +241,7 @@ def test_calls_run_in_threads_and_errors_are_left_to_others(monkeypatch):
         raise ValueError
 
     tuning.run_together([partial(call, 1), partial(call, 2)], GPU)
-    assert sorted(done) == [1, 2]
+    assert sorted(done) == [1, 2] and seen == [f"the stream of {GPU}"] * 2
 
 
 def test_interpreter_takes_the_first():

@@ -76,7 +76,7 @@ class _Member:
             self.process_groups = _process_groups(param, name)
 
     def add_state(self, state: dict[str, Any], master_weights: bool) -> None:
-        """Make what is not there yet."""
+        """Make what is not there yet, and lay out what is there as the parameter."""
         param = self.param.detach()
         if not state:
             for name in ("step", "skipped"):
@@ -85,6 +85,10 @@ class _Member:
                 state[name] = torch.zeros_like(param, dtype=torch.float32)
             if master_weights and param.dtype == torch.bfloat16:
                 state["remainder"] = torch.zeros_like(param, dtype=torch.int16)
+        for name in ("exp_avg", "exp_avg_sq", "remainder"):
+            value = state.get(name)
+            if value is not None and value.shape == param.shape and value.stride() != param.stride():
+                state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
         self.state = state
 
     @property
@@ -158,7 +162,7 @@ class _BoundBucket:
         params: Sequence[torch.Tensor] = self.params
         if self.is_sharded:
             params = [param.to_local() if isinstance(param, DTensor) else param for param in params]
-        if [param.data_ptr() for param in params] != self.param_addresses:
+        if [param.data_ptr() for param in params] != self.param_addresses or [p.stride() for p in params] != self.strides:
             raise StaleError
         gradients = [param.grad for param in self.params]
         found = [self.nothing if grad is None else grad for grad in gradients]
@@ -167,7 +171,7 @@ class _BoundBucket:
         if {grad.layout for grad in found} != {torch.strided}:
             sparse = next(name for grad, name in zip(found, self.names, strict=True) if grad.layout is not torch.strided)
             raise ValueError(f"the gradient of {sparse} is sparse; StableAdamW takes dense ones")
-        if self.is_sharded:
+        if self.is_sharded or any(issubclass(kind, DTensor) for kind in set(map(type, found))):
             found = [local_tensor(grad) for grad in found]
         addresses = [grad.data_ptr() for grad in found]
         strides = [grad.stride() for grad in found]
@@ -303,6 +307,7 @@ class DeviceStep:
             torch.autograd.graph.increment_version([local for bound in self.buckets for local in bound.locals])
         for bound, (rms, changes) in zip(self.buckets, outputs, strict=True):
             bound.rms, bound.changes = rms, changes
+            bound.gradients = []  # nobody else may need them any more
 
     def _set_options(self, options: list[list[Any]]) -> None:
         numbers = [[self._number(value) for value in row] for row in options]

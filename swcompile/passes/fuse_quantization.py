@@ -12,17 +12,11 @@ from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
 from swcompile.kernels.row_program import Action, Output, Ref, RowProgram, Shape, parse
 from swcompile.kernels.row_program_triton import MAX_COLUMNS, compile_in_background
 from swcompile.pipeline import PassResult, emit
-from swcompile.row_regions import Region, absorb_neighbours, grow_region, merged, roots_nearby
+from swcompile.row_regions import MAX_OUTPUTS, Region, absorb_neighbours, grow_region, merged, roots_nearby
 from swcompile.row_steps import Frame, ProgramWriter, sources
 from swcompile.values import ALIASES, CASTS, RESHAPES
 
 aten = torch.ops.aten
-
-MAX_OUTPUTS = 8
-"""Values that a kernel leaves at most; others are left to be computed where they are read."""
-MAX_SUMMED = 16384
-"""Features of all sums over rows that a kernel makes: a multiprocessor has registers for so many running sums."""
-
 
 def fuse_quantization(graph: fx.Graph, *, devices: Sequence[str] = ("cuda",)) -> PassResult:
     """Rewrite ``quantize_rowwise(f(x, ...))`` to one `map_rows` that computes f, too: the same to float32's last bits.
@@ -84,8 +78,6 @@ def _replace(graph: fx.Graph, region: Region, order: dict[fx.Node, float]) -> bo
     for member in sorted(region.members, key=order.__getitem__):
         writer.add(member)
     quantized = [writer.ref(root.all_input_nodes[0]) for root in region.roots]
-    num_sums = min(MAX_OUTPUTS - len(quantized), MAX_SUMMED // region.frame.num_columns)
-    region.sums = region.sums[:num_sums]
     summed = [writer.ref(node.all_input_nodes[0]) for node in region.sums]
     stored: dict[Ref, list[fx.Node]] = {}
     for member in sorted(region.members, key=order.__getitem__):
