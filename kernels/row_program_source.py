@@ -278,6 +278,8 @@ class _Writer:
             return ("{0} * inverse_of_positive({1})" if self._is_above_one(divisor) else "{0} / {1}"), argument
         if 2.0**-100 <= abs(divisor) <= 2.0**100:
             return "{0} * {1}", _number(1.0 / divisor)
+        if divisor == 0.0 and math.copysign(1.0, divisor) < 0:  # Triton 3.6 has no constant of -0
+            return "-({0} / {1})", "0.0"
         return "{0} / {1}", argument
 
     def _is_above_one(self, ref: Ref) -> bool:
