@@ -112,6 +112,11 @@ class RowProgram:
             if value.shape is Shape.ROW or (output.action is not Action.STORE and value.shape is not Shape.MATRIX):
                 raise ValueError(f"{output.action.value} takes no value {value}")
 
+    @property
+    def sums(self) -> list[Output]:
+        """The outputs that are sums over the rows."""
+        return [output for output in self.outputs if output.action is Action.SUM_ROWS]
+
     def value(self, ref: Ref) -> Value:
         """Shape and dtype of a value."""
         is_input = ref.index < len(self.inputs)

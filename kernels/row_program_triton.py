@@ -117,10 +117,9 @@ def _kernels(program: RowProgram, config: RowConfig, num_columns: int, device: t
 
 def loads_ahead(program: RowProgram, config: RowConfig, num_columns: int, shared_memory: int) -> bool:
     """Whether to fetch the next tile while one is computed: where programs loop, if a multiprocessor has room for it."""
-    has_sums = any(output.action is Action.SUM_ROWS for output in program.outputs)
     itemsizes = sum(value.dtype.itemsize for value in program.inputs if value.shape is not Shape.COLUMN)
     num_elements = config.rows * config.width * triton.cdiv(num_columns, config.width)
-    return has_sums and itemsizes * num_elements + _SHARED_MEMORY_BESIDE <= shared_memory
+    return bool(program.sums) and itemsizes * num_elements + _SHARED_MEMORY_BESIDE <= shared_memory
 
 
 _SHARED_MEMORY_BESIDE = 8192
@@ -175,9 +174,9 @@ def _compile(
         pointers += dtypes[output.action]
     num_rows = config.rows if even_rows else config.rows + 1
     with torch.cuda.device(device):
-        sums = [output.dtype for output in program.outputs if output.action is Action.SUM_ROWS]
-        if sums:
-            kernels.sum_kernel.warmup(torch.float32, *sums, 16, **_sum_options(num_columns), grid=(1,))
+        if program.sums:
+            totals = [output.dtype for output in program.sums]
+            kernels.sum_kernel.warmup(torch.float32, *totals, 16, **_sum_options(num_columns), grid=(1,))
         return kernels.row_kernel.warmup(*pointers, num_rows, **_options(config, num_rows, num_columns), grid=(1,))
 
 
@@ -213,7 +212,7 @@ def candidates(program: RowProgram, num_columns: int) -> list[RowConfig]:
     end of the row cost as much as others, narrow loads and wide programs a little. With sums, a multiprocessor that
     holds one program alone idles while that reduces its rows.
     """
-    sums = sum(output.action is Action.SUM_ROWS for output in program.outputs)
+    sums = len(program.sums)
     results = sum(output.action is Action.QUANTIZE for output in program.outputs)
     matrices = sum(value.shape is Shape.MATRIX for value in program.inputs)
     wanted = 70 / (1.0 + sums + 0.5 * results + 0.5 * matrices) if sums else 50 / (results + 0.25)

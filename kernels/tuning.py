@@ -74,7 +74,6 @@ def run_together(runs: Sequence[Callable[[], object]], device: torch.device) -> 
 
     Most of a compilation leaves Python's lock to others. What the calls compute is overwritten later.
     """
-
     stream = torch.cuda.current_stream(device)  # a thread's own, else, where operands may not be there yet
 
     def attempt(run: Callable[[], object]) -> None:

@@ -24,7 +24,7 @@ from swcompile.joint import (
 )
 from swcompile.kernels.launch import require_supported_gpu
 from swcompile.passes import joint_passes, post_grad_passes
-from swcompile.pipeline import log
+from swcompile.pipeline import log, target_name
 from swcompile.recipe import Recipe
 from swcompile.report import Decision, Report
 
@@ -114,7 +114,7 @@ def _dtypes(gm: fx.GraphModule, devices: Iterable[torch.device], names: Iterable
     nodes = [user for number in names for user in inputs[number].users if _rank(inputs[number]) > 1]
     for part in gm.modules():
         if isinstance(part, fx.GraphModule):  # the whole, and what is checkpointed
-            nodes += [node for node in part.graph.nodes if any(name in _called(node) for name in _MATMULS)]
+            nodes += [node for node in part.graph.nodes if any(name in target_name(node.target) for name in _MATMULS)]
     values = (node.meta.get("example_value") for node in nodes)
     found = {value.dtype for value in values if isinstance(value, torch.Tensor)}
     kinds = {device.type for device in devices}
@@ -122,11 +122,6 @@ def _dtypes(gm: fx.GraphModule, devices: Iterable[torch.device], names: Iterable
 
 
 _MATMULS = ("linear", "matmul", "addmm", "bmm", "mm", "einsum", "attention")
-
-
-def _called(node: fx.Node) -> str:
-    """The name of the function or method that a node calls."""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def _rank(node: fx.Node) -> int:

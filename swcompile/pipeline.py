@@ -256,7 +256,7 @@ def format_graph(graph: fx.Graph) -> str:
         else:
             arguments = [_format_argument(value, names) for value in node.args]
             arguments += [f"{key}={_format_argument(value, names)}" for key, value in node.kwargs.items()]
-            what = f"{_format_target(node.target)}({', '.join(arguments)})".replace(", \n", ",\n")
+            what = f"{target_name(node.target)}({', '.join(arguments)})".replace(", \n", ",\n")
         lines.append(f"{names[node]}: {_format_value(node.meta.get('val'))} = {what}")
     return "\n".join(lines)
 
@@ -266,7 +266,8 @@ def _placeholder_kind(node: fx.Node) -> str:
     return f"{kind} {node.meta['input']}" if "input" in node.meta else kind
 
 
-def _format_target(target: Any) -> str:
+def target_name(target: Any) -> str:
+    """The operator, function or method that a node calls, by the name that it has in a printed graph."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target).removesuffix(".default")
     return getattr(target, "__name__", str(target))
