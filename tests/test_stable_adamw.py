@@ -389,6 +389,58 @@ def test_schedulers_never_recompile(device: str, monkeypatch: pytest.MonkeyPatch
     assert counter.frame_count == 1
 
 
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_device() -> None:
+    params = parameters("cuda")
+    optimizer = StableAdamW(params, lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=100)
+    for step in range(100):
+        give_gradients(params, step)
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first one makes the state
+        try:
+            optimizer.step()
+            scheduler.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if step in (0, 50):
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                optimizer.step()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_in_a_cuda_graph_is_the_step(dtype: torch.dtype) -> None:
+    """The optimizer replays a graph of its own from the second step on, a caller's graph holds it whole."""
+    results = []
+    for how in ("launched", "replayed", "captured"):
+        params = parameters("cuda", dtype)
+        optimizer = StableAdamW(params, lr=torch.tensor(1e-2, device="cuda"))
+        graph, grads = torch.cuda.CUDAGraph(), [torch.zeros_like(param) for param in params]
+        for step in range(9):
+            give_gradients(params, step)
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad.copy_(param.grad) if how == "captured" else param.grad
+            optimizer.param_groups[0]["lr"].fill_(0.01 / (step + 1))
+            if how == "captured" and step > 2:
+                if step == 3:
+                    with torch.cuda.graph(graph):
+                        optimizer.step()
+                graph.replay()
+                continue
+            if how == "launched" and optimizer._steps:
+                optimizer._steps[0].launch.has_run = False  # as in the first step
+            optimizer.step()
+            if how == "replayed" and step == 5:  # as others do between two steps
+                grads.append(torch.randn(1000, device="cuda"))
+        counts = [optimizer.state[param]["step"].item() for param in params]
+        assert counts == [9] * len(params)
+        moments = [optimizer.state[param]["exp_avg_sq"] for param in params]
+        results.append([*params, *moments, optimizer.last_rms(), optimizer.last_update_norms()])
+    for other in results[1:]:
+        for value, expected in zip(other, results[0], strict=True):
+            torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_the_learning_rate_is_obeyed() -> None:
     """By a scheduler, by hand, and as a tensor that is changed in place."""
     for lr in (1e-2, torch.tensor(1e-2)):

@@ -1,6 +1,7 @@
 """An emitted step bound to the tensors of one device: state, addresses, and the compiled graph."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from swcompile.kernels.stable_adamw import GRAD
 from swcompile.kernels.tensor_table import is_dense, make_table
-from swcompile.optim.step_graph import Bucket, emit_step, lower_to_tables
+from swcompile.optim.replay import Replayed
+from swcompile.optim.step_graph import OPTIONS, Bucket, emit_step, lower_to_tables
 
 
 class StaleError(Exception):
@@ -259,14 +261,27 @@ class DeviceStep:
         self.graph = emit_step([bound.bucket for bound in buckets], num_groups=num_groups, with_ratios=with_ratios)
         self.lowered_graph = lower_to_tables(self.graph)
         self.is_lowered = runs_on_tables(device)
-        graph = self.lowered_graph if self.is_lowered else self.graph
-        self.input_names = [node.name for node in graph.find_nodes(op="placeholder")]
-        self.function: Callable[..., Any] = fx.GraphModule(nn.Module(), graph)
-        if self.is_lowered:
-            self.function = torch.compile(self.function, fullgraph=True, dynamic=False)
-        self.options: torch.Tensor | None = None
+        self.options = torch.empty(num_groups, len(OPTIONS), dtype=torch.float64, device=device)
         self.scaling = {name: torch.empty(1, device=device) for name in ("grad_scale", "found_inf")}
         self.upload = _Uploads()
+        self.launch = self._launch()
+
+    def _launch(self) -> Callable[[], Any]:
+        """What runs the graph: lowered and compiled, or as it was emitted."""
+        if not self.is_lowered:
+            emitted = fx.GraphModule(nn.Module(), self.graph)
+            return lambda: emitted(*self._inputs(self.graph))
+        function = torch.compile(fx.GraphModule(nn.Module(), self.lowered_graph), fullgraph=True, dynamic=False)
+        inputs = self._inputs(self.lowered_graph)  # none of them ever moves
+        if self.device.type == "cuda" and not any(bound.bucket.process_groups for bound in self.buckets):
+            return Replayed(function, inputs)
+        return partial(function, *inputs)
+
+    def _inputs(self, graph: fx.Graph) -> list[Any]:
+        values = {"options": self.options, **self.scaling}
+        for bound in self.buckets:
+            values |= bound.inputs()
+        return [values[node.name] for node in graph.find_nodes(op="placeholder")]
 
     def take_gradients(self) -> None:
         """Find the gradients; changes nothing else.
@@ -277,8 +292,9 @@ class DeviceStep:
         """
         if any(param.grad is not None for param in self.idle):
             raise StaleError
-        for bound in self.buckets:
-            bound.take_gradients()
+        with torch._C.DisableTorchFunctionSubclass():  # looked up in every access to a parameter otherwise
+            for bound in self.buckets:
+                bound.take_gradients()
 
     def run(self, options: list[list[Any]], grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
         """Update the parameters by the gradients taken.
@@ -299,10 +315,7 @@ class DeviceStep:
             else:
                 self.scaling[name].copy_(given.reshape(1), non_blocking=True)
                 self.upload.latest.pop(id(self.scaling[name]), None)
-        values = {"options": self.options, **self.scaling}
-        for bound in self.buckets:
-            values |= bound.inputs()
-        outputs = self.function(*(values[name] for name in self.input_names))
+        outputs = self.launch()
         if self.is_lowered:  # autograd sees no write through an address; whoever saved a parameter is to be told
             torch.autograd.graph.increment_version([local for bound in self.buckets for local in bound.locals])
         for bound, (rms, changes) in zip(self.buckets, outputs, strict=True):
@@ -311,8 +324,6 @@ class DeviceStep:
 
     def _set_options(self, options: list[list[Any]]) -> None:
         numbers = [[self._number(value) for value in row] for row in options]
-        if self.options is None:
-            self.options = torch.empty(len(options), len(options[0]), dtype=torch.float64, device=self.device)
         self.upload(self.options, numbers)
         for row, values in enumerate(options):
             for column, value in enumerate(values):
