@@ -164,7 +164,7 @@ def test_functions(op: str) -> None:
         x = x[x > 0]
     x = x.to(DEVICE).reshape(2, -1)
     (result,) = map_rows_triton([x], text)
-    torch.testing.assert_close(result, map_rows_reference([x], text)[0], rtol=5e-6, atol=5e-7)
+    torch.testing.assert_close(result, map_rows_reference([x], text)[0], rtol=5e-6, atol=6e-7)
     nan = torch.full((1, 20), torch.nan, device=DEVICE)
     assert map_rows_triton([nan], text)[0].isnan().all()
 
