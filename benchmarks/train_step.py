@@ -70,6 +70,20 @@ def llama(layers: int, batch: int, length: int) -> Workload:
     )
 
 
+def encoder(width: int, layers: int, batch: int, length: int) -> Workload:
+    """A pre-norm encoder of torch's, bf16 weights, with the mean square of its output as the loss."""
+    layer = nn.TransformerEncoderLayer(
+        width, width // 64, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).to("cuda", torch.bfloat16)
+    x = torch.randn(batch, length, width, device="cuda", dtype=torch.bfloat16)
+    return Workload(
+        description=f"nn.TransformerEncoder, width {width}, {layers} layers, {batch} x {length} tokens, bf16 weights",
+        model=model,
+        loss=lambda call: call(x).float().square().mean(),
+    )
+
+
 def mlp(width: int, tokens: int) -> Workload:
     """A small MLP: too small for int8 to pay."""
     layers = [nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)]
@@ -87,6 +101,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "vit_h8": lambda: vit("vit_huge_patch14_224", 128, depth=8),
     "vit_l": lambda: vit("vit_large_patch14_224", 256),
     "llama": lambda: llama(4, 8, 2048),
+    "encoder": lambda: encoder(1024, 12, 32, 256),
     "mlp": lambda: mlp(64, 8192),
 }
 
