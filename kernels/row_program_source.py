@@ -278,11 +278,11 @@ class _Writer:
             return ("{0} * inverse_of_positive({1})" if self._is_above_one(divisor) else "{0} / {1}"), argument
         if 2.0**-100 <= abs(divisor) <= 2.0**100:
             return "{0} * {1}", _number(1.0 / divisor)
-        # On a GPU `/` takes a subnormal divisor for 0, and Triton 3.6 has no constant of -0.
-        source = "tl.div_rn({0}, tl.full(({0}).shape, {1}, tl.float32))"
-        if divisor == 0.0 and math.copysign(1.0, divisor) < 0:
-            return f"-{source}", "0.0"
-        return source, argument
+        if divisor == 0.0:  # Triton 3.6 has no constant of -0
+            return ("{0} / {1}" if math.copysign(1.0, divisor) > 0 else "-({0} / {1})"), "0.0"
+        scale = 2.0**64 if abs(divisor) < 1 else 2.0**-64  # as an inverse may be no float32
+        rounded = torch.tensor(divisor, dtype=torch.float32).item()  # few bits are left of a subnormal one
+        return f"{{0}} * {scale!r} * {{1}}", _number(1.0 / (rounded * scale))
 
     def _is_above_one(self, ref: Ref) -> bool:
         """Whether a value is 1 or more for sure: ``1 + e^x``, which silu divides by."""

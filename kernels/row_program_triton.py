@@ -210,7 +210,7 @@ def candidates(program: RowProgram, num_columns: int) -> list[RowConfig]:
     A thread should hold as many elements as registers last for: about 40 of a program that reads, computes and rounds,
     fewer where each element also has running sums or several results that wait for their scale. Elements beyond the
     end of the row cost as much as others, narrow loads and wide programs a little. With sums, a multiprocessor that
-    holds one program alone idles while that reduces its rows.
+    holds one program alone idles while that reduces its rows, and longer if its loads are narrow.
     """
     sums = len(program.sums)
     results = sum(output.action is Action.QUANTIZE for output in program.outputs)
@@ -225,10 +225,10 @@ def candidates(program: RowProgram, num_columns: int) -> list[RowConfig]:
         if elements > MAX_ELEMENTS or (num_pieces == 1 and warps_per_row > 1 and configs):
             continue
         padding = num_pieces * config.width / num_columns - 1
-        badness = abs(elements - wanted) / 8 + 16 * padding + num_warps / 16 + {8: 0.0, 4: 0.5, 2: 1.5}[adjacent]
+        badness = abs(elements - wanted) / 12 + 16 * padding + num_warps / 16 + {8: 0.0, 4: 0.5, 2: 1.5}[adjacent]
         registers = min(255, 30 + elements * (1.5 + sums + 0.5 * matrices))
         if sums and 2 * registers * 32 * num_warps > 65536:
-            badness += 2.0
+            badness += 2.0 if adjacent == 8 else 5.0
         configs.append((badness, config))
     return [config for _, config in sorted(configs)[:4]]
 

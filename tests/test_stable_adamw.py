@@ -411,7 +411,7 @@ def test_a_step_never_waits_for_the_device() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_in_a_cuda_graph_is_the_step(dtype: torch.dtype) -> None:
     """The optimizer replays a graph of its own from the second step on, a caller's graph holds it whole."""
-    results = []
+    results, others = [], []
     for how in ("launched", "replayed", "captured"):
         params = parameters("cuda", dtype)
         optimizer = StableAdamW(params, lr=torch.tensor(1e-2, device="cuda"))
@@ -431,7 +431,7 @@ def test_a_step_in_a_cuda_graph_is_the_step(dtype: torch.dtype) -> None:
                 optimizer._steps[0].launch.has_run = False  # as in the first step
             optimizer.step()
             if how == "replayed" and step == 5:  # as others do between two steps
-                grads.append(torch.randn(1000, device="cuda"))
+                others.append(torch.randn(1000, device="cuda"))
         counts = [optimizer.state[param]["step"].item() for param in params]
         assert counts == [9] * len(params)
         moments = [optimizer.state[param]["exp_avg_sq"] for param in params]
