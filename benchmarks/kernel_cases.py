@@ -15,6 +15,7 @@ from swcompile.kernels import (
     quantize_tensorwise,
     row_program_triton,
     scaled_mm,
+    scaled_mm_e4m3,
 )
 from swcompile.kernels.library import Work
 from swcompile.kernels.map_rows import MAP_ROWS, map_rows_work
@@ -201,29 +202,42 @@ def quantized(num_rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _launch_matmul(config: MatmulConfig, *arguments: Any, out: torch.Tensor) -> None:
-    a_q, b_q, scale_a, scale_b, bias, _ = arguments
-    launch(config, a_q, b_q, scale_a, scale_b, bias, out)
+    launch(config, *arguments[:4], None, out)
 
 
 def matmul_cases(num_rows: int, only: str) -> Iterable[Case]:
-    """The forward matmul of linear layers, on quantised normal data."""
-    for num_summed, num_columns in LAYERS if only in "scaled_mm" else []:
+    """The forward matmul of linear layers in int8, and the one that makes the weight's gradient in e4m3, of normal data."""
+    e4m3 = quantize_columnwise.quantize_columnwise_transpose_e4m3
+    for in_features, out_features in LAYERS if only in "scaled_mm" else []:
 
-        def operands(num_summed: int = num_summed, num_columns: int = num_columns) -> tuple[Any, ...]:
-            a_q, scale_a = quantized(num_rows, num_summed)
-            b_q, scale_b = quantize_tensorwise.quantize_tensorwise(*normal(num_columns, num_summed))
+        def operands(in_features: int = in_features, out_features: int = out_features) -> tuple[Any, ...]:
+            a_q, scale_a = quantized(num_rows, in_features)
+            b_q, scale_b = quantize_tensorwise.quantize_tensorwise(*normal(out_features, in_features))
             return a_q, b_q, scale_a, scale_b, None, torch.bfloat16
 
-        sets = rotated(operands)
-        out = torch.empty((num_rows, num_columns), dtype=torch.bfloat16, device="cuda")
-        yield Case(
-            op="scaled_mm",
-            shape=f"{num_rows}: {num_summed} -> {num_columns}",
-            work=scaled_mm.scaled_mm_work(num_rows, num_columns, num_summed, 2),
-            unit=GEMM,
-            operands=sets,
-            run=scaled_mm.SCALED_MM,
-            tuner=scaled_mm.TUNER,
-            candidates=candidates(out.device, fits_tma(sets[0][0], sets[0][1], out)),
-            launch=partial(_launch_matmul, out=out),
-        )
+        yield _matmul_case(scaled_mm, "scaled_mm", f"{num_rows}: {in_features} -> {out_features}", operands)
+    for in_features, out_features in LAYERS if only in "scaled_mm_e4m3" else []:
+
+        def operands(in_features: int = in_features, out_features: int = out_features) -> tuple[Any, ...]:
+            (a_q, scale_a), (b_q, scale_b) = (e4m3(*normal(num_rows, size)) for size in (out_features, in_features))
+            return a_q, b_q, scale_a, scale_b, torch.bfloat16
+
+        yield _matmul_case(scaled_mm_e4m3, "scaled_mm_e4m3", f"{out_features} x {in_features}: {num_rows}", operands)
+
+
+def _matmul_case(module: Any, op: str, shape: str, operands: Callable[[], tuple[Any, ...]]) -> Case:
+    """A matmul's rate, of its module's op and tuner."""
+    sets = rotated(operands)
+    (num_rows, num_summed), num_columns, dtype = sets[0][0].shape, sets[0][1].shape[0], sets[0][0].dtype
+    out = torch.empty((num_rows, num_columns), dtype=torch.bfloat16, device="cuda")
+    return Case(
+        op=op,
+        shape=shape,
+        work=scaled_mm.scaled_mm_work(num_rows, num_columns, num_summed, 2),
+        unit=GEMM,
+        operands=sets,
+        run=getattr(torch.ops.swcompile, op).default,
+        tuner=module.TUNER,
+        candidates=candidates(out.device, fits_tma(sets[0][0], sets[0][1], out), dtype),
+        launch=partial(_launch_matmul, out=out),
+    )

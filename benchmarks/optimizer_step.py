@@ -4,9 +4,9 @@
     python benchmarks/optimizer_step.py small --rounds 50
 
 All routes of a workload run in one process on tensors of the same shapes, taking turns; times are medians. "Device" is a
-step's time there with the host well ahead, "host" what the call costs while the device is idle, "in a row" the time of
-each of several steps one after the other, where the slower one of both counts, and "first" the first step, with everything
-that is compiled in it.
+step's time there with the host well ahead, "in a row" the time of each of several steps one after the other, where the
+slower one of both counts, "host" how long the call itself takes in such a row, and "first" the first step, with everything
+that is compiled in it. "Alone" is the host's time for a single call that finds other routes' tensors in its caches.
 """
 
 import argparse
@@ -93,13 +93,14 @@ def measure(workload: str, num_rounds: int, floor_ms: float) -> list[dict[str, A
             steps[name]()
     times: dict[str, list[float]] = {name: [] for name in steps}
     host: dict[str, list[float]] = {name: [] for name in steps}
+    cold: dict[str, list[float]] = {name: [] for name in steps}
     in_a_row: dict[str, list[float]] = {name: [] for name in steps}
     with alone():
         for name, step in [*steps.items()] * num_rounds:
             torch.cuda.synchronize()
             begin = time.perf_counter()
             step()
-            host[name].append(1e3 * (time.perf_counter() - begin))
+            cold[name].append(1e3 * (time.perf_counter() - begin))
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             torch.cuda._sleep(200_000_000)  # 0.1 s: the host is done before the device begins
             events[0].record()
@@ -109,12 +110,14 @@ def measure(workload: str, num_rounds: int, floor_ms: float) -> list[dict[str, A
             times[name].append(events[0].elapsed_time(events[1]))
             begin = time.perf_counter()
             for _ in range(NUM_IN_A_ROW):
+                called = time.perf_counter()
                 step()
+                host[name].append(1e3 * (time.perf_counter() - called))
             torch.cuda.synchronize()
             in_a_row[name].append(1e3 * (time.perf_counter() - begin) / NUM_IN_A_ROW)
     baseline = BASELINE if BASELINE in rows else "torch AdamW, fused"
     for name, row in rows.items():
-        for column, samples in (("device ms", times), ("host ms", host), ("in a row ms", in_a_row)):
+        for column, samples in (("device ms", times), ("host ms", host), ("alone ms", cold), ("in a row ms", in_a_row)):
             row[column] = statistics.median(samples[name])
             row[column.removesuffix("ms") + "ratio"] = row[column] / statistics.median(samples[baseline])
         row["of floor"] = floor_ms / row["device ms"]
@@ -134,7 +137,7 @@ def main() -> None:
     for name in args.workloads:
         num_elements = sum(torch.Size(shape).numel() for shape in WORKLOADS[name]())
         rows = measure(name, args.rounds, 28 * num_elements / copy / 1e6)
-        columns = {"optimizer": "", "device ms": ".3f", "device ratio": ".3f", "of floor": ".2f", "host ms": ".2f"}
+        columns = {"optimizer": "", "device ms": ".3f", "device ratio": ".3f", "of floor": ".2f", "host ms": ".2f", "alone ms": ".2f"}
         columns |= {"in a row ms": ".3f", "in a row ratio": ".3f", "first s": ".1f"}
         tensors = f"{len(WORKLOADS[name]())} float32 tensors, {num_elements / 1e6:.1f} M elements"
         text.append(f"## {name}: {tensors}\n\n{markdown_table(rows, columns)}")

@@ -267,7 +267,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_workloads(parser, WORKLOADS, ["vit_h", "llama"])
     parser.add_argument("--recipes", nargs="+", default=["switchback", "switchback_m"], choices=list(swcompile.RECIPES))
-    parser.add_argument("--peers", action="store_true", help=f"also run {'; '.join(PEERS)}")
+    parser.add_argument(
+        "--peers", nargs="*", choices=PEERS, metavar="NAME", help=f"also run these, or all of {'; '.join(PEERS)}"
+    )
     parser.add_argument("--unfused", action="store_true", help="also run the first recipe without fused quantisation")
     parser.add_argument("--gradients", action="store_true", help="also compare the gradients with those in float32")
     parser.add_argument("--rounds", type=int, default=10, help="timed steps a route (default: 10)")
@@ -281,8 +283,8 @@ def main() -> None:
     options = {"skip_slower": False} if args.all_eligible else {}
     names = [BASELINE, *args.recipes]
     names += [args.recipes[0] + UNFUSED] if args.unfused else []
-    names += PEERS if args.peers else []
-    text = [header("Train step: forward, loss, backward") + (f"\n\ntorchao {version('torchao')}" if args.peers else "")]
+    names += [] if args.peers is None else args.peers or PEERS
+    text = [header("Train step: forward, loss, backward") + (f"\n\ntorchao {version('torchao')}" if args.peers is not None else "")]
     columns = {"ms": ".1f", "spread ms": ".1f", "speed-up": ".3f", "GiB": ".2f", "memory": ".3f", "compile s": ".0f"}
     if args.gradients:
         columns["cosine"] = ".5f"

@@ -42,6 +42,8 @@ def sweep(
     else:
         with torch.multiprocessing.get_context("spawn").Pool(jobs) as pool:
             results = pool.map(train_variant, VARIANTS, chunksize=1)
+            pool.close()
+            pool.join()  # or the processes end before what they started
     return [result for variant in results for result in variant]
 
 

@@ -3,6 +3,8 @@
 Shapes: M rows of A, N rows of B (channels of one and the other side of a layer), K the summed dimension (tokens).
 """
 
+from pathlib import Path
+
 import torch
 
 from swcompile.kernels import scaled_mm_kernels
@@ -22,8 +24,8 @@ def scaled_mm_e4m3(
 ) -> torch.Tensor:
     """``(a_q @ b_q.T) * scale_a * scale_b.T``: the weight's gradient from two operands in 8 bit.
 
-    The products are added in float32, 128 of them at a time in what the tensor cores have for that (14 bits on
-    Hopper), so kernels differ from the reference, and from one another, by some 1e-4 of the largest sum.
+    The products are added in float32, 128 or 512 of them at a time in what the tensor cores have for that (14 bits on
+    Hopper), so kernels differ from the reference, and from one another, by up to some 1e-3 of the largest sum.
 
     Args:
         a_q_MK: [M, K] float8_e4m3fn, contiguous.
@@ -88,7 +90,9 @@ def scaled_mm_e4m3_triton(
     return out_MN
 
 
-TUNER: Tuner[MatmulConfig] = Tuner("scaled_mm_e4m3", [scaled_mm_kernels.__file__])
+TUNER: Tuner[MatmulConfig] = Tuner(
+    "scaled_mm_e4m3", [scaled_mm_kernels.__file__, str(Path(__file__).with_name("scaled_mm_e4m3_wgmma.py"))]
+)
 
 
 def _check_dtypes(

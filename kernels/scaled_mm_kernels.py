@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs
 """Two Triton kernels of `scaled_mm` and `scaled_mm_e4m3`, and which configurations of all kernels there are.
 
-What the ops mean, check and promise stands in `scaled_mm.py` and `scaled_mm_e4m3.py`; the third kernel, of int8 alone,
-in `scaled_mm_wgmma.py`.
+What the ops mean, check and promise stands in `scaled_mm.py` and `scaled_mm_e4m3.py`; the third kernel, which int8 and
+e4m3 have each their own of, in `scaled_mm_wgmma.py` and `scaled_mm_e4m3_wgmma.py`.
 Shapes: M rows of A, N rows of B, K the summed dimension.
 """
 
@@ -57,6 +57,13 @@ TMA_CANDIDATES = [
     MatmulConfig("tma", 64, 128, 128, 4, 4, num_stores=1, programs_each=2),
     MatmulConfig("tma", 64, 64, 128, 4, 6, num_stores=1, programs_each=2),
 ]
+HOPPER_E4M3_CANDIDATES = [
+    MatmulConfig("wgmma", 128, 192, 128, 4, 4, lead=1),
+    MatmulConfig("wgmma", 128, 192, 128, 4, 3, lead=1),
+    MatmulConfig("wgmma", 128, 192, 128, 4, 4, group_m=16, lead=0),
+    *(config for config in TMA_CANDIDATES if config.block_m * config.block_n <= 128 * 128),
+]
+"""192 columns, and smaller tiles. For float32 results there is room for three stages."""
 POINTER_CANDIDATES = [
     MatmulConfig("pointers", 128, 128, 64, 4, 3),
     MatmulConfig("pointers", 128, 256, 128, 8, 3),
@@ -74,7 +81,9 @@ def candidates(device: torch.device, tma_fits: bool, dtype: torch.dtype = torch.
     """What to choose among on a device; `tma_fits` is the answer of `fits_tma` for the operands, of `dtype`."""
     if not tma_fits:
         return POINTER_CANDIDATES
-    return HOPPER_CANDIDATES if dtype == torch.int8 and has_wgmma(device) else TMA_CANDIDATES
+    if not has_wgmma(device):
+        return TMA_CANDIDATES
+    return HOPPER_CANDIDATES if dtype == torch.int8 else HOPPER_E4M3_CANDIDATES
 
 
 def has_wgmma(device: torch.device) -> bool:
@@ -113,6 +122,11 @@ def launch(
     if config.kernel != "pointers":
         num_multiprocessors = device_facts(a_q_MK.device).num_multiprocessors
         num_programs = min(num_programs, config.programs_each * num_multiprocessors)
+    if config.kernel == "wgmma" and a_q_MK.dtype != torch.int8:
+        from swcompile.kernels.scaled_mm_e4m3_wgmma import launch_e4m3_wgmma
+
+        launch_e4m3_wgmma(config, num_programs, a_q_MK, b_q_NK, scale_a_M1, scale_b, out_MN)
+        return
     if config.kernel == "wgmma":
         from swcompile.kernels.scaled_mm_wgmma import launch_wgmma
 

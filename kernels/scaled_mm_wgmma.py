@@ -32,8 +32,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from swcompile.kernels.scaled_mm_kernels import MatmulConfig
 
 # Triton 3.9 renamed both.
-_async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_async_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+async_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 
 def launch_wgmma(
@@ -49,9 +49,9 @@ def launch_wgmma(
     """Run the kernel on contiguous operands whose rows start at multiples of 16 bytes, one tile a program at least."""
     (num_rows, num_summed), num_columns = a_q_MK.shape, b_q_NK.shape[0]
     wgmma_kernel[(num_programs,)](
-        _descriptor(a_q_MK, config.block_m, config.block_k),
-        _descriptor(b_q_NK, config.block_n, config.block_k),
-        _descriptor(out_MN, config.block_m // 2, config.block_n // config.num_stores),
+        descriptor(a_q_MK, config.block_m, config.block_k),
+        descriptor(b_q_NK, config.block_n, config.block_k),
+        descriptor(out_MN, config.block_m // 2, config.block_n // config.num_stores),
         scale_a_M1,
         scale_b,
         bias_N,
@@ -72,19 +72,19 @@ def launch_wgmma(
     )
 
 
-def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    layout = _layout(rows, columns, tensor.element_size())
+def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    layout = layout_of(rows, columns, tensor.element_size())
     return TensorDescriptor(tensor, tensor.shape, (tensor.shape[1], 1), [rows, columns], layout)
 
 
 @cache
-def _layout(rows: int, columns: int, itemsize: int) -> gl.NVMMASharedLayout:
+def layout_of(rows: int, columns: int, itemsize: int) -> gl.NVMMASharedLayout:
     dtype = {1: gl.int8, 2: gl.bfloat16, 4: gl.float32}[itemsize]  # a layout depends on the size alone
     return gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
 
 
 @gluon.jit
-def _tile_start(
+def tile_start(
     tile, num_rows, num_columns, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr
 ):
     """First row and column of a tile. Tiles go down `GROUP` rows of tiles, then one column on."""
@@ -112,7 +112,7 @@ def _load(
     num_tiles = gl.cdiv(num_rows, BLOCK_M) * gl.cdiv(num_columns, BLOCK_N)
     step = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        row, column = _tile_start(tile, num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP)
+        row, column = tile_start(tile, num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP)
         for k in range(0, num_summed, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(
@@ -120,8 +120,8 @@ def _load(
             )  # the first time round it is free at once
             barrier = loaded.index(stage)
             mbarrier.expect(barrier, (BLOCK_M + BLOCK_N) * BLOCK_K)
-            _async_load(a_desc, [row, k], barrier, a_ring.index(stage))
-            _async_load(b_desc, [column, k], barrier, b_ring.index(stage))
+            async_load(a_desc, [row, k], barrier, a_ring.index(stage))
+            async_load(b_desc, [column, k], barrier, b_ring.index(stage))
             step += 1
 
 
@@ -159,7 +159,7 @@ def _multiply(
         mbarrier.wait(started, 0)
     step = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        row, column = _tile_start(tile, num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP)
+        row, column = tile_start(tile, num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP)
         row += HALF * HEIGHT
         rows = row + gl.arange(0, HEIGHT, gl.SliceLayout(1, layout))
         scale_a = gl.load(scale_a_ptr + rows, mask=rows < num_rows, other=0.0)
@@ -189,20 +189,20 @@ def _multiply(
             out += gl.expand_dims(bias.to(gl.float32), 0)
         out = out.to(out_desc.dtype)
         if NUM_STORES == 1:
-            _store(out_desc, out_tile, out, row, column)
+            store(out_desc, out_tile, out, row, column)
         else:
             left, right = out.reshape((HEIGHT, 2, BLOCK_N // 2)).permute((0, 2, 1)).split()
-            _store(out_desc, out_tile, left, row, column)
-            _store(out_desc, out_tile, right, row, column + BLOCK_N // 2)
+            store(out_desc, out_tile, left, row, column)
+            store(out_desc, out_tile, right, row, column + BLOCK_N // 2)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _store(out_desc, out_tile, out, row, column):
+def store(out_desc, out_tile, out, row, column):
     tma.store_wait(0)  # until the last store has read its tile
     out_tile.store(out)
     fence_async_shared()
-    _async_store(out_desc, [row, column], out_tile)
+    async_store(out_desc, [row, column], out_tile)
 
 
 @gluon.jit(do_not_specialize=["num_rows"])

@@ -38,13 +38,9 @@ def test_tma_wants_multiples_of_16_bytes():
 
 
 # A process of its own: the interpreter, where it is on, replaces parts of Triton's language.
-PROGRAM = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
+INT8 = """
 from swcompile.kernels.scaled_mm_kernels import HOPPER_CANDIDATES
-from swcompile.kernels.scaled_mm_wgmma import _layout, wgmma_kernel
+from swcompile.kernels.scaled_mm_wgmma import wgmma_kernel as function
 
 config = HOPPER_CANDIDATES[0]
 blocks = {
@@ -52,34 +48,56 @@ blocks = {
     "b_desc": ("i8", 1, config.block_n, config.block_k),
     "out_desc": ("bf16", 2, config.block_m // 2, config.block_n // config.num_stores),
 }
-signature = {
-    name: f"tensordesc<{dtype}[{rows}, {columns}],{_layout(rows, columns, size)!r}>"
-    for name, (dtype, size, rows, columns) in blocks.items()
-}
-signature |= dict(scale_a_ptr="*fp32", scale_b_ptr="*fp32", bias_ptr="*bf16")
-signature |= dict(num_rows="i32", num_columns="i32", num_summed="i32")
 constants = dict(
     BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, STAGES=config.num_stages, GROUP=config.group_m,
     NUM_STORES=config.num_stores, LEAD=config.lead, HAS_BIAS=True, PER_COLUMN=True,
 )
-names = wgmma_kernel.arg_names
+instructions = ["m64n128k32.s32.s8.s8"]
+"""
+E4M3 = """
+from swcompile.kernels.scaled_mm_e4m3_wgmma import columns_of, constants_of, e4m3_wgmma_kernel as function
+from swcompile.kernels.scaled_mm_kernels import HOPPER_E4M3_CANDIDATES
+
+config = HOPPER_E4M3_CANDIDATES[0]
+blocks = {"a_desc": ("fp8e4nv", 1, config.block_m, config.block_k)}
+for side, columns in zip(("left", "right"), columns_of(config)):
+    blocks[f"{side}_desc"] = "fp8e4nv", 1, columns, config.block_k
+    blocks[f"{side}_out_desc"] = "bf16", 2, config.block_m // 2, columns
+constants = constants_of(config)
+instructions = ["m64n128k32.f32.e4m3.e4m3", "m64n64k32.f32.e4m3.e4m3"]
+"""
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from swcompile.kernels.scaled_mm_wgmma import layout_of
+
+signature = {
+    name: f"tensordesc<{dtype}[{rows}, {columns}],{layout_of(rows, columns, size)!r}>"
+    for name, (dtype, size, rows, columns) in blocks.items()
+}
+signature |= dict(scale_a_ptr="*fp32", scale_b_ptr="*fp32", bias_ptr="*bf16")
+signature |= dict(num_rows="i32", num_columns="i32", num_summed="i32")
+names = function.arg_names
 source = GluonASTSource(
-    fn=wgmma_kernel,
+    fn=function,
     signature={name: "constexpr" if name in constants else signature[name] for name in names},
     constexprs={(names.index(name),): value for name, value in constants.items()},
 )
 kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, enable_fp_fusion=False))
 assert kernel.metadata.shared <= 232448, kernel.metadata.shared
 ptx = kernel.asm["ptx"]
-assert "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8" in ptx
-assert "wgmma.wait_group.sync.aligned 1" in ptx, "each multiplication waits for the one before"
+assert all(f"wgmma.mma_async.sync.aligned.{instruction}" in ptx for instruction in instructions)
+in_flight = len(instructions)
+assert f"wgmma.wait_group.sync.aligned {in_flight}" in ptx, "each multiplication waits for the one before"
 assert "ld.local" not in ptx and "st.local" not in ptx
 print("compiled")
 """
 
 
-def test_compiles_for_hopper_with_overlapping_multiplications():
+@pytest.mark.parametrize("kernel", [INT8, E4M3], ids=["int8", "e4m3"])
+def test_compiles_for_hopper_with_overlapping_multiplications(kernel):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", PROGRAM]
+    command = [sys.executable, "-c", kernel + COMPILE]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert "compiled" in done.stdout, done.stderr
