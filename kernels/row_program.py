@@ -221,7 +221,7 @@ POINTWISE = {
     "div": Pointwise(2, lambda x, y: x / y, "{0} / {1}"),
     "neg": Pointwise(1, torch.neg, "-{0}"),
     "abs": Pointwise(1, torch.abs, "tl.abs({0})"),
-    "exp": Pointwise(1, torch.exp, "exp({0})"),
+    "exp": Pointwise(1, torch.exp, "tl.exp2({0} * 1.4426950408889634)"),
     "erf": Pointwise(1, torch.erf, "erf({0})"),
     "tanh": Pointwise(1, torch.tanh, "tanh({0})"),
     "sigmoid": Pointwise(1, torch.sigmoid, "sigmoid({0})"),

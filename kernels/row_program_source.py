@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 
 from swcompile.kernels.int8 import magnitude_bits, round_to_int8, scale_and_inverse
-from swcompile.kernels.row_math import erf, exp, inverse_of_positive, larger, relu, sigmoid, tanh, to_bfloat16
+from swcompile.kernels.row_math import erf, erf_by, inverse_of_positive, larger, relu, sigmoid, tanh, to_bfloat16
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -58,6 +58,7 @@ def sum_kernel(partial, {totals}, num_programs, K: tl.constexpr, BLOCK_P: tl.con
     total = tl.sum(sums, axis=0)
 '''
 
+_LOG2_E = 1.4426950408889634
 _TRITON_DTYPES = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", torch.float32: "tl.float32"}
 
 
@@ -234,6 +235,9 @@ class _Writer:
         if step.op in ("add", "sub") and (sum_of_product := self._multiply_add(step, i)):
             self._line(f"{name} = {self._rounded(sum_of_product, step)}")
             return
+        if step.op in ("exp", "erf"):
+            self._line(f"{name} = {self._rounded(self._of_scaled(step, i), step)}")
+            return
         arguments = [self._argument(argument, i) for argument in step.args]
         template = POINTWISE[step.op].source
         if step.op == "where":
@@ -271,6 +275,38 @@ class _Writer:
         if not all(isinstance(factor, Ref) or 1e-37 < abs(factor) < 1e38 for factor in step.args):
             return None  # a number that Triton might take for a float64
         return [self._argument(factor, i) for factor in step.args]
+
+    def _of_scaled(self, step: Step, i: int | None) -> str:
+        """`exp` or `erf`, with a number that the argument is multiplied by among the function's own."""
+        base, scale = self._scaled(step.args[0])
+        source = self._argument(base, i)
+        if step.op == "exp":
+            return f"tl.exp2({source} * {_number(scale * _LOG2_E)})"
+        if gaussian := self._gaussian(base, scale):
+            return f"erf_by({source}, {self._argument(gaussian, i)}, {scale!r})"
+        return f"erf({source}, {scale!r})"
+
+    def _gaussian(self, base: Ref | float, scale: float) -> Ref | None:
+        """Where the program computes ``e^-(scale * base)²``, as the gradient of GELU does."""
+        for index, step in enumerate(self.program.steps, len(self.program.inputs)):
+            if step.op == "exp":
+                square, factor = self._scaled(step.args[0])
+                if isinstance(square, Ref) and abs(factor + scale**2) < 1e-6 * scale**2 and square.index >= len(self.program.inputs):
+                    of = self._step_of(square)
+                    if of.op == "mul" and of.args == (base, base) and self.program.value(Ref(index)).dtype == torch.float32:
+                        return Ref(index)
+        return None
+
+    def _scaled(self, argument: Ref | float) -> tuple[Ref | float, float]:
+        """(value, positive or negative number) whose product an argument is, if nothing else reads the product; else (argument, 1)."""
+        if isinstance(argument, Ref) and argument.index >= len(self.program.inputs) and self.num_readers[argument] == 1:
+            step = self._step_of(argument)
+            numbers = [factor for factor in step.args if isinstance(factor, float)]
+            if step.op == "mul" and len(numbers) == 1 and self.program.value(argument).dtype == torch.float32:
+                (base,) = (factor for factor in step.args if isinstance(factor, Ref))
+                if 2.0**-60 < abs(numbers[0]) < 2.0**60:
+                    return base, numbers[0]
+        return argument, 1.0
 
     def _division(self, divisor: Ref | float, argument: str) -> tuple[str, str]:
         """(source of the division, its second argument)."""
