@@ -28,6 +28,18 @@ def to_bfloat16(x):
 
 
 @triton.jit
+def from_bfloat16(x):
+    """A matrix of bfloat16 in float32, an instruction an element: two elements lie in one register, a half each."""
+    if _INTERPRETED:
+        return x.to(tl.float32)
+    else:
+        halves = tl.inline_asm_elementwise(
+            "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }", "=r,=r,r", [x], dtype=tl.int32, is_pure=True, pack=2
+        )
+        return halves.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def inverse_of_positive(x):
     """1 / x for x in [2^-100, 2^100], and 0 for Inf. Off by an ulp at most, one instruction."""
     if _INTERPRETED:
@@ -51,7 +63,7 @@ def tanh(x):
 
 
 @triton.jit
-def erf(x, SCALE: tl.constexpr = 1.0):
+def erf(x, SCALE: tl.constexpr):
     """Error function of ``SCALE * x``, for a SCALE above 0. Off by less than 6e-7."""
     return erf_by(x, tl.exp2(x * x * (-SCALE * SCALE * _LOG2_E)), SCALE)
 

@@ -222,7 +222,7 @@ POINTWISE = {
     "neg": Pointwise(1, torch.neg, "-{0}"),
     "abs": Pointwise(1, torch.abs, "tl.abs({0})"),
     "exp": Pointwise(1, torch.exp, "tl.exp2({0} * 1.4426950408889634)"),
-    "erf": Pointwise(1, torch.erf, "erf({0})"),
+    "erf": Pointwise(1, torch.erf, "erf({0}, 1.0)"),
     "tanh": Pointwise(1, torch.tanh, "tanh({0})"),
     "sigmoid": Pointwise(1, torch.sigmoid, "sigmoid({0})"),
     "sqrt": Pointwise(1, torch.sqrt, "tl.sqrt_rn({0})"),

@@ -34,13 +34,14 @@ import triton
 import triton.language as tl
 
 from swcompile.kernels.int8 import magnitude_bits, round_to_int8, scale_and_inverse
-from swcompile.kernels.row_math import erf, erf_by, inverse_of_positive, larger, relu, sigmoid, tanh, to_bfloat16
+from swcompile.kernels.row_math import erf, erf_by, from_bfloat16, inverse_of_positive, larger, relu, sigmoid, tanh, to_bfloat16
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def row_kernel(
     {arguments}, num_rows,
     K: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, EVEN_M: tl.constexpr, EVEN_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     columns = tl.zeros([BLOCK_M, 1], tl.int32) + tl.arange(0, WIDTH)[None, :]
 '''
@@ -48,7 +49,12 @@ def row_kernel(
 _SUM_KERNEL = '''
 
 @triton.jit(do_not_specialize=["num_programs"])
-def sum_kernel(partial, {totals}, num_programs, K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr):
+def sum_kernel(
+    partial, {totals}, num_programs,
+    K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+):
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()  # `row_kernel` has ended; nothing was read before
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     start = partial + tl.program_id(1).to(tl.int64) * num_programs * K
     sums = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
@@ -97,6 +103,9 @@ class _Writer:
         stages = ", num_stages=2" if self.loads_ahead else ""
         self._line(f"for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0){stages}):")
         self._tile()
+        if sums:
+            self._line("if OVERLAP:")
+            self._line("    tl.extra.cuda.gdc_launch_dependents()  # `sum_kernel`, which waits inside")
         for number in sums:
             for i in self.pieces:
                 where = f"tl.arange(0, WIDTH) + {i} * WIDTH"
@@ -159,7 +168,7 @@ class _Writer:
                 product = " * ".join(factors)
                 more = f"tl.fma({', '.join(factors)}, {total})"
             else:
-                product = self._matrix(output.ref, i)
+                product = self._argument(output.ref, i)
                 more = f"{total} + {product}"
             self._line(f"{total} = {more} if EVEN_M else {total} + tl.where(is_row, {product}, 0.0)")
             return
@@ -167,13 +176,13 @@ class _Writer:
         if output.action is Action.STORE:
             self._store(f"out{number}", name, i)
         else:
-            bits = self._within(f"magnitude_bits({name})", i, "0")
+            bits = self._within(f"magnitude_bits({self._argument(output.ref, i)})", i, "0")
             self._line(f"bits{number} = {bits if i == 0 else f'tl.maximum(bits{number}, {bits})'}")
 
     def _quantize(self, number: int, ref: Ref) -> None:
         self._line(f"s{number}, inverse{number} = scale_and_inverse(tl.max(bits{number}, axis=1, keep_dims=True))")
         for i in self.pieces:
-            self._store(f"out{number}", f"round_to_int8({self._matrix(ref, i)}, inverse{number})", i)
+            self._store(f"out{number}", f"round_to_int8({self._argument(ref, i)}, inverse{number})", i)
         self._line(f"tl.store(scale{number} + rows, s{number})")
 
     def _store(self, pointer: str, value: str, i: int) -> None:
@@ -235,10 +244,11 @@ class _Writer:
         if step.op in ("add", "sub") and (sum_of_product := self._multiply_add(step, i)):
             self._line(f"{name} = {self._rounded(sum_of_product, step)}")
             return
-        if step.op in ("exp", "erf"):
-            self._line(f"{name} = {self._rounded(self._of_scaled(step, i), step)}")
+        if step.op in ("exp", "erf") and (of_scaled := self._of_scaled(step, i)):
+            self._line(f"{name} = {self._rounded(of_scaled, step)}")
             return
-        arguments = [self._argument(argument, i) for argument in step.args]
+        dtypes = {step.value.dtype} | {self.program.value(arg).dtype for arg in step.args if isinstance(arg, Ref)}
+        arguments = [self._argument(argument, i, in_16_bits=dtypes == {torch.bfloat16}) for argument in step.args]
         template = POINTWISE[step.op].source
         if step.op == "where":
             arguments[0] = f"({arguments[0]} != 0.0)"
@@ -276,37 +286,39 @@ class _Writer:
             return None  # a number that Triton might take for a float64
         return [self._argument(factor, i) for factor in step.args]
 
-    def _of_scaled(self, step: Step, i: int | None) -> str:
-        """`exp` or `erf`, with a number that the argument is multiplied by among the function's own."""
+    def _of_scaled(self, step: Step, i: int | None) -> str | None:
+        """`exp` or `erf` of a product that nothing else reads, with its number among the function's own."""
         base, scale = self._scaled(step.args[0])
         source = self._argument(base, i)
-        if step.op == "exp":
-            return f"tl.exp2({source} * {_number(scale * _LOG2_E)})"
-        if gaussian := self._gaussian(base, scale):
+        if step.op == "exp" and scale != 1.0:
+            return f"tl.exp2({source} * {scale * _LOG2_E!r})"
+        if step.op == "erf" and scale > 0.0 and (gaussian := self._gaussian(base, scale)):
             return f"erf_by({source}, {self._argument(gaussian, i)}, {scale!r})"
-        return f"erf({source}, {scale!r})"
+        return f"erf({source}, {scale!r})" if step.op == "erf" and scale > 0.0 else None
 
     def _gaussian(self, base: Ref | float, scale: float) -> Ref | None:
-        """Where the program computes ``e^-(scale * base)²``, as the gradient of GELU does."""
+        """Where the program computes ``e^-(scale * base)²``, as the gradient of GELU does beside the error function."""
         for index, step in enumerate(self.program.steps, len(self.program.inputs)):
-            if step.op == "exp":
-                square, factor = self._scaled(step.args[0])
-                if isinstance(square, Ref) and abs(factor + scale**2) < 1e-6 * scale**2 and square.index >= len(self.program.inputs):
-                    of = self._step_of(square)
-                    if of.op == "mul" and of.args == (base, base) and self.program.value(Ref(index)).dtype == torch.float32:
-                        return Ref(index)
+            if step.op != "exp" or step.value.dtype != torch.float32:
+                continue
+            square, factor = self._scaled(step.args[0])
+            if isinstance(square, float) or square.index < len(self.program.inputs):
+                continue
+            product = self._step_of(square)
+            if product.op == "mul" and product.args == (base, base) and math.isclose(-factor, scale**2, rel_tol=1e-6):
+                return Ref(index)
         return None
 
     def _scaled(self, argument: Ref | float) -> tuple[Ref | float, float]:
-        """(value, positive or negative number) whose product an argument is, if nothing else reads the product; else (argument, 1)."""
-        if isinstance(argument, Ref) and argument.index >= len(self.program.inputs) and self.num_readers[argument] == 1:
-            step = self._step_of(argument)
-            numbers = [factor for factor in step.args if isinstance(factor, float)]
-            if step.op == "mul" and len(numbers) == 1 and self.program.value(argument).dtype == torch.float32:
-                (base,) = (factor for factor in step.args if isinstance(factor, Ref))
-                if 2.0**-60 < abs(numbers[0]) < 2.0**60:
-                    return base, numbers[0]
-        return argument, 1.0
+        """(value, number) of a float32 product that is read once, here; of anything else (itself, 1)."""
+        if isinstance(argument, float) or argument.index < len(self.program.inputs) or self.num_readers[argument] > 1:
+            return argument, 1.0
+        step = self._step_of(argument)
+        numbers = [factor for factor in step.args if isinstance(factor, float)]
+        if step.op != "mul" or step.value.dtype != torch.float32 or len(numbers) != 1 or not 1e-18 < abs(numbers[0]) < 1e18:
+            return argument, 1.0
+        (value,) = (factor for factor in step.args if isinstance(factor, Ref))
+        return value, numbers[0]
 
     def _division(self, divisor: Ref | float, argument: str) -> tuple[str, str]:
         """(source of the division, its second argument)."""
@@ -331,7 +343,7 @@ class _Writer:
             return False
         return self._step_of(refs[0]).op == "exp"
 
-    def _argument(self, argument: Ref | float, i: int | None) -> str:
+    def _argument(self, argument: Ref | float, i: int | None, *, in_16_bits: bool = False) -> str:
         """An argument of a step, in float32."""
         if isinstance(argument, float):
             return _number(argument)
@@ -341,6 +353,8 @@ class _Writer:
         else:
             assert i is not None, "a column comes from columns and numbers alone"
             name = self._matrix(argument, i)
+        if value.dtype == torch.bfloat16 and value.shape is not Shape.COLUMN and not in_16_bits:
+            return f"from_bfloat16({name})"
         return name if value.dtype == torch.float32 else f"{name}.to(tl.float32)"
 
     def _step_of(self, ref: Ref) -> Step:

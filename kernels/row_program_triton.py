@@ -22,8 +22,11 @@ MAX_ELEMENTS = 64
 """Of a row that a thread holds at most."""
 MAX_COLUMNS = 32 * MAX_ELEMENTS * MAX_WARPS_PER_ROW
 """The longest row: 32,768 features."""
-_SUM_COLUMNS = 64
-"""Features that a program of the second kernel adds the sums of all programs of the first one for."""
+_SUM_COLUMNS, _SUM_ROWS = 16, 256
+"""Features that a program of the second kernel adds the sums of the first one's programs for, and of how many at a time.
+
+Few features, so that there are many programs: each of them waits for memory most of the time.
+"""
 
 
 class RowConfig(NamedTuple):
@@ -79,10 +82,11 @@ def launch(
     parts = iter(partial)
     pointers += [next(parts) if action is Action.SUM_ROWS else t for t, action in zip(outputs, actions, strict=True)]
     kernels = _kernels(program, config, num_columns, inputs[0].device)
-    kernels.row_kernel[(num_programs,)](*pointers, num_rows, **_options(config, num_rows, num_columns))
+    overlap = _overlaps(inputs[0].device)
+    kernels.row_kernel[(num_programs,)](*pointers, num_rows, **_options(config, num_rows, num_columns, overlap))
     if totals:
         grid = (triton.cdiv(num_columns, _SUM_COLUMNS), len(totals))
-        kernels.sum_kernel[grid](partial, *totals, num_programs, **_sum_options(num_columns))
+        kernels.sum_kernel[grid](partial, *totals, num_programs, **_sum_options(num_columns, overlap))
 
 
 _compilers = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="row program")
@@ -126,20 +130,27 @@ _SHARED_MEMORY_BESIDE = 8192
 """Bytes of shared memory for reductions, and what the driver keeps."""
 
 
-def _options(config: RowConfig, num_rows: int, num_columns: int) -> dict[str, Any]:
+def _overlaps(device: torch.device) -> bool:
+    """Whether the second kernel is launched while the first one runs (programmatic dependent launch)."""
+    return device.type == "cuda" and device_facts(device).capability >= (9, 0)
+
+
+def _options(config: RowConfig, num_rows: int, num_columns: int, overlap: bool) -> dict[str, Any]:
     return {
         "K": num_columns,
         "BLOCK_M": config.rows,
         "WIDTH": config.width,
         "EVEN_M": num_rows % config.rows == 0,
         "EVEN_K": num_columns % config.width == 0,
+        "OVERLAP": overlap,
         "num_warps": config.num_warps,
         "enable_fp_fusion": False,  # the quantiser rounds the product before it rounds to an integer
     }
 
 
-def _sum_options(num_columns: int) -> dict[str, Any]:
-    return {"K": num_columns, "BLOCK_P": 64, "BLOCK_K": _SUM_COLUMNS}
+def _sum_options(num_columns: int, overlap: bool) -> dict[str, Any]:
+    launch_ahead = {"launch_pdl": True} if overlap else {}
+    return {"K": num_columns, "BLOCK_P": _SUM_ROWS, "BLOCK_K": _SUM_COLUMNS, "OVERLAP": overlap, **launch_ahead}
 
 
 @cache
@@ -172,12 +183,12 @@ def _compile(
         stored = program.value(output.ref).dtype
         dtypes = {Action.STORE: [stored], Action.QUANTIZE: [torch.int8, torch.float32], Action.SUM_ROWS: [torch.float32]}
         pointers += dtypes[output.action]
-    num_rows = config.rows if even_rows else config.rows + 1
+    num_rows, overlap = config.rows if even_rows else config.rows + 1, _overlaps(device)
     with torch.cuda.device(device):
         if program.sums:
             totals = [output.dtype for output in program.sums]
-            kernels.sum_kernel.warmup(torch.float32, *totals, 16, **_sum_options(num_columns), grid=(1,))
-        return kernels.row_kernel.warmup(*pointers, num_rows, **_options(config, num_rows, num_columns), grid=(1,))
+            kernels.sum_kernel.warmup(torch.float32, *totals, 16, **_sum_options(num_columns, overlap), grid=(1,))
+        return kernels.row_kernel.warmup(*pointers, num_rows, **_options(config, num_rows, num_columns, overlap), grid=(1,))
 
 
 def empty_outputs(inputs: Sequence[torch.Tensor], program: RowProgram) -> list[torch.Tensor]:

@@ -94,6 +94,7 @@ def main() -> None:
         constants = {"K": num_columns, "BLOCK_M": config.rows, "WIDTH": config.width}
         constants |= {"EVEN_M": True, "EVEN_K": num_columns % config.width == 0}
         for capability in (80, 90):
+            constants["OVERLAP"] = capability >= 90
             types = signature_of(program)
             ahead = loads_ahead(program, config, num_columns, SHARED_MEMORY[capability] + 1024)
             module = compile_source(source(program, triton.cdiv(num_columns, config.width), ahead))
@@ -108,7 +109,7 @@ def main() -> None:
         sums = {f"out{n}": POINTERS[o.dtype] for n, o in enumerate(program.outputs) if o.action is Action.SUM_ROWS}
         if sums:
             types = {"partial": "*fp32", **sums, "num_programs": "i32"}
-            compile_for(90, module.sum_kernel, types, {"K": num_columns, "BLOCK_P": 64, "BLOCK_K": 64}, 4)
+            compile_for(90, module.sum_kernel, types, {"K": num_columns, "BLOCK_P": 256, "BLOCK_K": 16, "OVERLAP": True}, 4)
     print("all compiled")
 
 

@@ -149,6 +149,27 @@ def test_division_by_a_number(divisor: float) -> None:
     torch.testing.assert_close(actual.cpu(), expected, rtol=3e-7, atol=1e-37, equal_nan=True)
 
 
+FOLDED = {
+    "gelu's gradient": "%1: f32[M, K] = mul(%0, 0.7071067811865476)\n%2: f32[M, K] = erf(%1)\n%3: f32[M, K] = mul(%0, %0)\n"
+    "%4: f32[M, K] = mul(%3, -0.5)\n%5: f32[M, K] = exp(%4)\n%6: f32[M, K] = add(%2, %5)\nstore %6",
+    "another exponential": "%1: f32[M, K] = mul(%0, 0.7071067811865476)\n%2: f32[M, K] = erf(%1)\n%3: f32[M, K] = mul(%0, %0)\n"
+    "%4: f32[M, K] = mul(%3, -0.25)\n%5: f32[M, K] = exp(%4)\n%6: f32[M, K] = add(%2, %5)\nstore %6",
+    "a negative number": "%1: f32[M, K] = mul(%0, -0.7)\n%2: f32[M, K] = erf(%1)\nstore %2",
+    "a product that is read twice": "%1: f32[M, K] = mul(%0, 0.7)\n%2: f32[M, K] = erf(%1)\nstore %1\nstore %2",
+    "a tiny number": "%1: f32[M, K] = mul(%0, 1e-30)\n%2: f32[M, K] = exp(%1)\nstore %2",
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_numbers_inside_functions(name: str, dtype: str) -> None:
+    text = f"%0: {dtype}[M, K] = input\n{FOLDED[name]}"
+    x = torch.cat([torch.randn(3, 254) * 2, torch.tensor([[0.0, torch.inf]]).expand(3, 2)], 1).to(DEVICE)
+    x = x.bfloat16() if dtype == "bf16" else x
+    for actual, expected in zip(map_rows_triton([x], text), map_rows_reference([x], text), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=5e-6, atol=6e-7)
+
+
 def test_the_largest_of_a_row_with_nan_is_nan() -> None:
     x = torch.randn(3, 600, device=DEVICE)
     x[1, 5] = x[2, 599] = torch.nan
