@@ -70,6 +70,18 @@ def device_facts(device: torch.device) -> DeviceFacts:
     )
 
 
+def resident_programs(compiled: Any, num_warps: int, device: torch.device) -> int:
+    """How many programs of a compiled Triton kernel a CUDA device holds at once, by its registers and shared memory."""
+    facts = device_facts(device)
+    compiled._init_handles()  # loads it, and so finds its registers
+    registers = -(-max(compiled.n_regs, 1) // 8) * 8
+    threads = 32 * num_warps
+    each = min(65536 // (registers * threads), 2048 // threads)
+    if compiled.metadata.shared:
+        each = min(each, facts.shared_memory // (compiled.metadata.shared + 1024))
+    return max(each, 1) * facts.num_multiprocessors
+
+
 @cache
 def require_supported_gpu(index: int, number_format: NumberFormat = INT8) -> None:
     """Raise `RuntimeError` naming the GPU and the way out if the kernels of a number format cannot run on it.

@@ -4,7 +4,8 @@
 Shapes: N rows (out features), K columns (in features); R rows and C columns in the order of storage.
 """
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,7 +21,7 @@ from swcompile.kernels.int8 import (
     store_tile,
     with_unit_inner_stride,
 )
-from swcompile.kernels.launch import device_facts, tl, triton
+from swcompile.kernels.launch import INTERPRETED, device_facts, resident_programs, tl, triton
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.tuning import Tuner, bucket
 
@@ -106,6 +107,8 @@ class TileConfig(NamedTuple):
     num_warps: int
     loads_early: bool = False
     """The first tile is loaded before the scale is known: worth its registers where a program has one tile."""
+    at_once: bool = False
+    """One launch: programs wait for each other once they know the absmax, and find a small matrix again in their caches."""
 
 
 MAX_PARTIALS = 256
@@ -117,6 +120,8 @@ CANDIDATES = [
     TileConfig(64, 64, 4),
     TileConfig(128, 128, 8),
     TileConfig(128, 128, 4),
+    TileConfig(128, 128, 8, at_once=True),
+    TileConfig(64, 128, 4, at_once=True),
 ]
 
 
@@ -153,15 +158,37 @@ def launch(
     transposed_CR: torch.Tensor | None,
     scale_11: torch.Tensor,
 ) -> None:
-    """Run both kernels in the given configuration; an output that is None is not written."""
+    """Run the kernels in the given configuration; an output that is None is not written."""
+    outputs = same_RC, transposed_CR, scale_11
+    num_tiles = triton.cdiv(x_RC.shape[0], config.rows) * triton.cdiv(x_RC.shape[1], config.columns)
+    if not config.at_once or num_tiles == 0 or INTERPRETED:
+        _launch_twice(config, num_tiles, x_RC, partial_P, *outputs)
+        return
+    resident = _resident_programs(config, x_RC.dtype, same_RC is None, transposed_CR is None, x_RC.device)
+    options = _at_once_options(config, *outputs[:2])
+    meeting = partial_P[:2].zero_()
+    grid = (triton.cdiv(num_tiles, triton.cdiv(num_tiles, resident)),)  # as many tiles each
+    _at_once_kernel[grid](x_RC, meeting, *outputs, *x_RC.shape, x_RC.stride(0), **options)
+
+
+def _launch_twice(
+    config: TileConfig,
+    num_tiles: int,
+    x_RC: torch.Tensor,
+    partial_P: torch.Tensor,
+    same_RC: torch.Tensor | None,
+    transposed_CR: torch.Tensor | None,
+    scale_11: torch.Tensor,
+) -> None:
+    """A kernel for the absmax, and one that rounds."""
     num_rows, num_columns = x_RC.shape
     facts = device_facts(x_RC.device)
     # The second kernel is launched while the first one runs, and waits inside (programmatic dependent launch).
     overlap = {"launch_pdl": True} if x_RC.is_cuda and facts.capability >= (9, 0) else {}
-    num_tiles = triton.cdiv(num_rows, _ABSMAX_BLOCK_R) * triton.cdiv(num_columns, _ABSMAX_BLOCK_C)
+    num_absmax_tiles = triton.cdiv(num_rows, _ABSMAX_BLOCK_R) * triton.cdiv(num_columns, _ABSMAX_BLOCK_C)
     num_partials = 0
-    if num_tiles:
-        num_partials = triton.cdiv(num_tiles, triton.cdiv(num_tiles, MAX_PARTIALS))  # as many tiles each
+    if num_absmax_tiles:
+        num_partials = triton.cdiv(num_absmax_tiles, triton.cdiv(num_absmax_tiles, MAX_PARTIALS))  # as many tiles each
         _absmax_kernel[(num_partials,)](
             x_RC,
             partial_P,
@@ -173,7 +200,6 @@ def launch(
             OVERLAP=bool(overlap),
             num_warps=_ABSMAX_WARPS,
         )
-    num_tiles = triton.cdiv(num_rows, config.rows) * triton.cdiv(num_columns, config.columns)
     _quantize_tiles_kernel[(max(min(num_tiles, 16 * facts.num_multiprocessors), 1),)](
         x_RC,
         partial_P,
@@ -195,6 +221,30 @@ def launch(
         enable_fp_fusion=False,
         **overlap,
     )
+
+
+def _at_once_options(config: TileConfig, same: Any, transposed: Any) -> dict[str, Any]:
+    return {
+        "BLOCK_R": config.rows,
+        "BLOCK_C": config.columns,
+        "SAME": same is not None,
+        "TRANSPOSED": transposed is not None,
+        "num_warps": config.num_warps,
+        "enable_fp_fusion": False,
+        "launch_cooperative_grid": True,
+    }
+
+
+@cache
+def _resident_programs(
+    config: TileConfig, dtype: torch.dtype, no_same: bool, no_transposed: bool, device: torch.device
+) -> int:
+    """How many programs of `_at_once_kernel` a GPU holds at once."""
+    outputs = None if no_same else torch.int8, None if no_transposed else torch.int8
+    arguments = dtype, torch.int32, *outputs, torch.float32, 1024, 1024, 1024
+    with torch.cuda.device(device):
+        compiled = _at_once_kernel.warmup(*arguments, **_at_once_options(config, *outputs), grid=(1,))
+    return resident_programs(compiled, config.num_warps, device)
 
 
 _ABSMAX_BLOCK_R, _ABSMAX_BLOCK_C, _ABSMAX_WARPS = 64, 256, 8
@@ -269,6 +319,45 @@ def _quantize_tiles_kernel(
         store_tile(
             x_q, same_ptr, transposed_ptr, rows, columns, num_rows, num_columns, mask, SAME, TRANSPOSED
         )
+
+
+@triton.jit
+def _at_once_kernel(
+    x_ptr,
+    meeting_ptr,
+    same_ptr,
+    transposed_ptr,
+    scale_ptr,
+    num_rows,
+    num_columns,
+    x_stride,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SAME: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Program p: tiles p, p + P, p + 2 P, ... of P programs, which are all on the GPU at once.
+
+    They meet at two integers: the maximum, and how many programs have added to it.
+    """
+    tiles_per_row = tl.cdiv(num_columns, BLOCK_C)
+    num_tiles = tl.cdiv(num_rows, BLOCK_R) * tiles_per_row
+    bits = 0
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        rows, columns, mask = _tile(tile, tiles_per_row, num_rows, num_columns, BLOCK_R, BLOCK_C)
+        x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask, other=0.0)
+        bits = tl.maximum(bits, tl.max(tl.max(magnitude_bits(x), axis=1), axis=0))
+    tl.atomic_max(meeting_ptr, bits, sem="relaxed")
+    tl.atomic_add(meeting_ptr + 1, 1, sem="release")
+    while tl.load(meeting_ptr + 1, volatile=True) < tl.num_programs(0):
+        pass
+    scale, inverse = scale_and_inverse(tl.atomic_max(meeting_ptr, 0, sem="acquire"))
+    tl.store(scale_ptr, scale)  # every program writes the same bits
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        rows, columns, mask = _tile(tile, tiles_per_row, num_rows, num_columns, BLOCK_R, BLOCK_C)
+        x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
+        x_q = round_to_int8(x, inverse)
+        store_tile(x_q, same_ptr, transposed_ptr, rows, columns, num_rows, num_columns, mask, SAME, TRANSPOSED)
 
 
 @triton.jit

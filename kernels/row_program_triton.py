@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from swcompile.kernels.launch import INTERPRETED, device_facts, triton
+from swcompile.kernels.launch import INTERPRETED, device_facts, resident_programs, triton
 from swcompile.kernels.row_program import Action, RowProgram, Shape, matrix_size
 from swcompile.kernels.row_program_source import source
 
@@ -158,17 +158,9 @@ def _resident_programs(
     program: RowProgram, config: RowConfig, num_columns: int, even_rows: bool, device: torch.device
 ) -> int:
     """How many programs a device holds at once: a program that sums rows loops over them, and its sums are few."""
-    facts = device_facts(device)
     if INTERPRETED:
-        return facts.num_multiprocessors
-    compiled = _compile(program, config, num_columns, even_rows, device)
-    compiled._init_handles()  # loads it, and so finds its registers
-    registers = -(-max(compiled.n_regs, 1) // 8) * 8
-    threads = 32 * config.num_warps
-    each = min(65536 // (registers * threads), 2048 // threads)
-    if compiled.metadata.shared:
-        each = min(each, facts.shared_memory // (compiled.metadata.shared + 1024))
-    return max(each, 1) * facts.num_multiprocessors
+        return device_facts(device).num_multiprocessors
+    return resident_programs(_compile(program, config, num_columns, even_rows, device), config.num_warps, device)
 
 
 def _compile(
