@@ -25,6 +25,7 @@ from swcompile.forward_ops import (
     args_of,
     data_flow,
     factors,
+    feature_dims,
     readers_of_value,
     shape_of,
 )
@@ -160,7 +161,7 @@ def _scores_of(softmax: fx.Node, weights: Weights) -> tuple[fx.Node, frozenset[f
         return None
     before, between = _reached(softmax, lambda node: node.all_input_nodes)
     after, _ = _reached(softmax, lambda node: list(node.users))
-    products = [node for node in before if not weights.of(node)]
+    products = [node for node in before if not any(weights.is_plain(operand) for operand in weights.of(node))]
     if len(products) != 1 or all(weights.of(node) for node in after):
         return None
     return products[0], frozenset(between)
@@ -225,6 +226,8 @@ def _head_split(
         if isinstance(numbers, torch.Tensor) and path[index].target not in EXPANDS:
             fitting = [d for d in _feature_dims(numbers) if numbers.shape[d] == num_channels]
             apart += [(fitting[-1] == numbers.ndim - 1, index, fitting[-1])] if fitting else []
+    if not apart and readers and readers[0].target in (aten.mul.Tensor, aten.div.Tensor):
+        return f"is scaled before a dimension has the {num_channels} channels of a head"
     if not apart:
         return f"no dimension has the {num_channels} channels of a head before they are mixed"
     _, value, channel_dim = max(apart)  # channels last if they are anywhere, as late as can be
@@ -269,16 +272,7 @@ def _leaks(value: fx.Node, reader: fx.Node, onward: set[fx.Node], flow: networkx
 
 def _columns(projection: fx.Node, weights: Weights) -> torch.Tensor:
     """The number of the output feature that each element of a projection's result belongs to."""
-    shape = shape_of(projection)
-    dims = [len(shape) - 1]
-    if projection.target == aten.einsum.default:
-        inputs, output = args_of(projection)[0].replace(" ", "").split("->")
-        weight, *_ = weights.of(projection)
-        term = inputs.split(",")[list(factors(projection)).index(weight)]
-        dims = [output.index(letter) - len(output) for letter in output if letter in term]
-        dims = [dim % len(shape) for dim in dims]
-    elif factors(projection)[1] not in weights.of(projection):
-        dims = [len(shape) - 2]
+    shape, dims = shape_of(projection), feature_dims(projection, weights)
     numbers = torch.arange(math.prod(shape[dim] for dim in dims))
     return numbers.view([size if dim in dims else 1 for dim, size in enumerate(shape)]).expand(shape)
 

@@ -64,6 +64,41 @@ LAYOUTS = (
     }
 )
 """Ops that move elements of their first argument and compute nothing."""
+TRANSPOSES = {
+    aten.mT.default,
+    aten.movedim.int,
+    aten.movedim.intlist,
+    aten.numpy_T.default,
+    aten.permute.default,
+    aten.swapaxes.default,
+    aten.swapdims.default,
+    aten.t.default,
+    aten.transpose.int,
+}
+CONVOLUTIONS = {
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+}
+"""Features are the second dimension of what these compute."""
+ELEMENTWISE = {
+    *ADDS,
+    *CASTS,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.relu.default,
+    aten.gelu.default,
+    aten.silu.default,
+    aten.sigmoid.default,
+    aten.tanh.default,
+}
 EXPANDS = {aten.expand.default, aten.repeat_interleave.self_int}
 RESHAPES = {aten.reshape.default, aten.squeeze.dim, aten.unsqueeze.default}
 SHAPE_READERS = {aten.new_empty.default, aten.empty_like.default, aten.rand_like.default, aten.sym_size.int}
@@ -98,6 +133,17 @@ class Weights:
     def of(self, node: fx.Node) -> list[fx.Node]:
         """The operands of a matmul that are parameters, or computed from them alone; the right one first."""
         return [operand for operand in reversed(factors(node)) if operand in self.derived]
+
+    def is_plain(self, node: fx.Node) -> bool:
+        """Whether an operand is a parameter, no product of parameters such as the projection of a learned query."""
+        pending, seen = [node], {node}
+        while pending:
+            if (source := pending.pop()).target in GEMMS:
+                return False
+            new = set(source.all_input_nodes) - seen
+            seen |= new
+            pending += new
+        return True
 
     def root(self, node: fx.Node) -> fx.Node:
         """The parameter that an operand is computed from; the first one, if there are several."""
@@ -134,6 +180,17 @@ def factors(matmul: fx.Node) -> Sequence[fx.Node]:
         return args_of(matmul)[1]
     first = 1 if matmul.target in (aten.addmm.default, aten.baddbmm.default) else 0
     return args_of(matmul)[first : first + 2]
+
+
+def feature_dims(projection: fx.Node, weights: Weights) -> list[int]:
+    """The dimensions of a projection's result that hold its output features, slowest first."""
+    ndim = len(shape_of(projection))
+    if projection.target == aten.einsum.default:
+        inputs, output = args_of(projection)[0].replace(" ", "").split("->")
+        weight, *_ = weights.of(projection)
+        term = inputs.split(",")[list(factors(projection)).index(weight)]
+        return [(output.index(letter) - len(output)) % ndim for letter in output if letter in term]
+    return [ndim - 1 if factors(projection)[1] in weights.of(projection) else ndim - 2]
 
 
 def data_flow(graph: fx.Graph) -> networkx.DiGraph:

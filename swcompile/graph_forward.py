@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from swcompile.forward import ForwardGraph, attribute, capture_forward
@@ -61,6 +62,21 @@ class _Variant:
         return all(low <= sizes[name] <= high for name, (low, high) in self.ranges.items())
 
 
+MAX_VARIANTS = 64
+"""Graphs that are kept of one module: objects among its inputs may differ in every call."""
+
+
+def _holds_traced(value: Any, depth: int = 4) -> bool:
+    """Whether an object, or one that it refers to, has kept a tensor of the tracing."""
+    if isinstance(value, torch.Tensor):
+        return isinstance(value, FakeTensor)
+    if isinstance(value, (list, tuple, set)):
+        parts = list(value)
+    else:
+        parts = list(value.values()) if isinstance(value, dict) else list(getattr(value, "__dict__", {}).values())
+    return depth > 0 and any(_holds_traced(part, depth - 1) for part in parts)
+
+
 def _first(leaves: Sequence[Any], leaf: torch.Tensor) -> int:
     return next(index for index, other in enumerate(leaves) if other is leaf)
 
@@ -111,23 +127,25 @@ class GraphForward:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         return variant.with_tensors(variant.function(self.owner, *tensors))
 
+    @torch.compiler.disable(reason="a prepared model is called in a new way: call it like this once before it is compiled")
     def _captured(self, args: Any, kwargs: Any) -> _Variant:
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"{self.path or 'the model'} was prepared for other inputs than these: call the model with them once "
-                "before it is compiled"
-            )
         del self.owner.forward  # its own
         try:
             variant = self._capture(args, kwargs)
         finally:
             self.owner.forward = self
-        self.variants.append(variant)
+        self.variants = [*self.variants[1 - MAX_VARIANTS :], variant]
         return variant
 
     def _capture(self, args: Any, kwargs: Any) -> _Variant:
         leaves, spec = tree_flatten((args, kwargs))
         captured = capture_forward(self.owner, *args, kwargs=kwargs, dynamic=True)
+        for leaf in leaves:
+            if not isinstance(leaf, torch.Tensor) and _holds_traced(leaf):
+                raise ValueError(
+                    f"{self.path or 'the model'} writes to a {type(leaf).__name__} that it is called with, which its graph "
+                    "cannot do; exclude its sites from prepare, or call it without"
+                )
         self.rewrite(captured)
         values = iter([node.meta["val"] for node in captured.graph.find_nodes(op="placeholder")])
         known: list[Any] = []

@@ -36,6 +36,8 @@ class _Prepared:
     """The new modules."""
     merges: dict[str, Merge | str]
     """Layer-scale -> the linear layer that it can be folded into, or why it cannot."""
+    encoders: list[Any]
+    """`nn.TransformerEncoder` that would turn padded batches into nested tensors."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -68,7 +70,9 @@ def prepare(
 
     A norm or a layer-scale is applied to the output of the submodule that makes the value. Where no submodule does
     (``nn.MultiheadAttention``, matmuls written out), the forward of the module around it is replaced by its own
-    graph; a call of another kind than the examples is traced when it first comes, which has to be in eager mode.
+    graph; a call of another kind than the examples is traced when it first comes, which under ``fullgraph=True`` has to be
+    before it is compiled. Such a graph has the parameters of its submodules, whatever they are by then, but calls no hook
+    and no other forward that they are given later, and it cannot write to its arguments (a cache of keys and values).
 
     Args:
         model: the model; changed in place.
@@ -95,6 +99,10 @@ def prepare(
     for path, module in model.named_modules():
         if _MARK in module.__dict__:
             raise ValueError(f"{path or type(model).__name__} is prepared already; swcompile.strip(model) undoes it")
+        if _is_changed(module):
+            raise ValueError(
+                f"{path or type(model).__name__} is prepared already, as a part of a larger model; swcompile.strip undoes that"
+            )
     captured = capture_forward(model, *inputs, kwargs=kwargs)
     found, merges = _sites(captured)
     decisions = captured.run_passes(_passes(wanted))
@@ -108,9 +116,12 @@ def prepare(
             raise ValueError(f"{place} is the name of something else already; exclude {owner or 'the model'}")
     for place, module in inserted.items():
         model.set_submodule(place, module)
+    encoders: list[Any] = [module for module in model.modules() if getattr(module, "use_nested_tensor", False)]
+    for encoder in encoders:
+        encoder.use_nested_tensor = False  # torch.nn's fused path for padded batches, whose tensors no norm takes
     report = Report("prepare", decisions)
     merges = {place: merge for place, merge in merges.items() if place in inserted}
-    setattr(model, _MARK, _Prepared(report=report, places=list(inserted), merges=merges))
+    setattr(model, _MARK, _Prepared(report=report, places=list(inserted), merges=merges, encoders=encoders))
     try:
         if _install(model, captured.graph, taken, wanted):
             _run_once(model, inputs, kwargs or {})
@@ -132,6 +143,8 @@ def prepared(model: nn.Module) -> Report:
 def strip(model: nn.Module) -> nn.Module:
     """Take out what `prepare` inserted: the model computes what it did before, with its parameters as they are now.
 
+    What `merge_layer_scale` has folded into weights stays in them.
+
     Args:
         model: a prepared model; changed in place.
 
@@ -139,6 +152,8 @@ def strip(model: nn.Module) -> nn.Module:
         ValueError: the model is not prepared.
     """
     state = _prepared(model)
+    for encoder in state.encoders:
+        encoder.use_nested_tensor = True
     for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, SiteHook | StayInPython):
@@ -163,15 +178,21 @@ def merge_layer_scale(model: nn.Module) -> Report:
         One line a layer-scale: where it went, or why it stays.
 
     Raises:
-        ValueError: the model is not prepared.
+        ValueError: the model is not prepared, or has no layer-scale (any more).
     """
     state = _prepared(model)
+    layers = {place: layer for place in state.merges if isinstance(layer := model.get_submodule(place), LayerScale)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layer-scale to merge")
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
     decisions = []
-    for place, merge in state.merges.items():
-        layer_scale = model.get_submodule(place)
-        if not isinstance(layer_scale, LayerScale):
-            continue
-        gamma = layer_scale.gamma
+    for place, layer_scale in layers.items():
+        merge, gamma = state.merges[place], layer_scale.gamma
+        if isinstance(merge, Merge):  # a layer that the example inputs do not reach may share its parameters
+            own = [model.get_parameter(name) for name in (merge.weight, merge.bias) if name is not None]
+            merge = next((f"{' and '.join(names[p])} are one parameter" for p in own if len(names[p]) > 1), merge)
         if isinstance(merge, Merge):
             weight = model.get_parameter(merge.weight)
             weight.copy_(weight * (gamma.unsqueeze(1) if merge.feature_dim == 0 else gamma))
@@ -197,6 +218,11 @@ def _prepared(model: nn.Module) -> _Prepared:
     if state is None:
         raise ValueError(f"{type(model).__name__} is not prepared; swcompile.prepare does that")
     return state
+
+
+def _is_changed(module: nn.Module) -> bool:
+    hooks = module._forward_hooks.values()
+    return isinstance(module.__dict__.get("forward"), GraphForward) or any(isinstance(hook, SiteHook) for hook in hooks)
 
 
 def _passes(wanted: Mapping[Stabilizer, Any], only: Sequence[str] | None = None) -> list[Pass]:

@@ -14,14 +14,18 @@ from swcompile.forward import ForwardGraph, attribute, called_in, path_of, place
 from swcompile.forward_ops import (
     ADDS,
     CASTS,
+    CONVOLUTIONS,
     COPIES,
     DROPOUTS,
+    ELEMENTWISE,
     LAYOUTS,
     RESHAPES,
     SPLITS,
+    TRANSPOSES,
     Weights,
     args_of,
     data_flow,
+    feature_dims,
     readers_of_value,
     shape_of,
 )
@@ -41,15 +45,14 @@ class ResidualBranch:
     """The parameter of the branch's last linear layer."""
     has_layer_scale: bool
     """The branch ends in a product with a parameter of one dimension."""
-
-    @property
-    def reader(self) -> fx.Node:
-        """What reads the branch's end."""
-        return self.path[-2] if len(self.path) > 1 else self.add
+    readers: tuple[fx.Node, ...]
+    """What reads the branch's end on the way to `add`."""
+    has_features_last: bool
+    """The last dimension of the branch's end holds the features, for all that can be seen."""
 
     @property
     def end(self) -> fx.Node:
-        """The last value that the branch computes, features in its last dimension."""
+        """The last value that the branch computes."""
         return self.path[-1]
 
 
@@ -83,21 +86,24 @@ def residual_branches(graph: fx.Graph, found: Iterable[Attention]) -> list[Resid
         lhs, rhs = args_of(add)
         if not isinstance(rhs, fx.Node) or shape_of(lhs) != shape_of(rhs) or not add.meta["val"].is_floating_point():
             continue
-        for skip, branch in ((lhs, rhs), (rhs, lhs)):
-            source = _without_scaling(skip)
+        ways = ((source, branch) for skip, branch in ((lhs, rhs), (rhs, lhs)) for source in _sources(skip))
+        for source, branch in ways:
             between = _between(source, branch, flow, order)
             if not any(weights.are_in(node) for node in between):
                 continue
             for end in _parallel(branch, source, flow, order):
-                path = tuple(_back(end, between))
+                path = tuple(_back(end, between, weights))
                 linears = [n for n in _between(source, end, flow, order) if weights.are_in(n)]
                 if linears:
+                    onward = {*between, add}
                     branches.append(
                         ResidualBranch(
                             add=add,
                             path=path,
                             weight=weights.root(weights.of(max(linears, key=order.__getitem__))[0]),
                             has_layer_scale=weights.scale(path[-1]),
+                            readers=path[-2:-1] or tuple(user for user in end.users if user in onward),
+                            has_features_last=_has_features_last(path[-1], weights),
                         )
                     )
             break
@@ -167,6 +173,9 @@ def _between(start: fx.Node, end: fx.Node, flow: networkx.DiGraph, order: dict[f
 
 def _parallel(branch: fx.Node, source: fx.Node, flow: networkx.DiGraph, order: dict[fx.Node, int]) -> list[fx.Node]:
     """The branches of a sum of branches that start at `source` and none of which is part of another."""
+    if _scales_alike(branch) and len(branch.users) == 1:  # of all alike
+        inside = _parallel(args_of(branch)[0], source, flow, order)
+        return inside if len(inside) > 1 else [branch]
     if branch.target in ADDS and isinstance(args_of(branch)[1], fx.Node):
         lhs, rhs = args_of(branch)
         both = (_between(source, lhs, flow, order), _between(source, rhs, flow, order))
@@ -176,10 +185,15 @@ def _parallel(branch: fx.Node, source: fx.Node, flow: networkx.DiGraph, order: d
     return [branch]
 
 
-def _back(node: fx.Node, between: set[fx.Node]) -> Iterator[fx.Node]:
-    """From a branch's operand back through dropout, drop-path and views that keep the features last."""
+def _back(node: fx.Node, between: set[fx.Node], weights: Weights) -> Iterator[fx.Node]:
+    """From a branch's operand back through dropout, drop-path, and views that keep the features last or moved them."""
     yield node
-    while _scales_alike(node) and (source := args_of(node)[0]) in between and readers_of_value(source) == [node]:
+    while _scales_alike(node) or node.target in TRANSPOSES:
+        source = args_of(node)[0]
+        if source not in between or readers_of_value(source) != [node]:
+            return
+        if not _scales_alike(node) and not _has_features_last(source, weights, proven=True):
+            return
         node = source
         yield node
 
@@ -190,7 +204,10 @@ def _scales_alike(node: fx.Node) -> bool:
         return True
     if node.target in (aten.mul.Tensor, aten.div.Tensor):  # drop-path: a factor a sample
         factor = args_of(node)[1]
-        return not isinstance(factor, fx.Node) or math.prod(shape_of(factor)[1:]) == 1
+        if not isinstance(factor, fx.Node):
+            return True
+        shape = shape_of(factor)
+        return math.prod(shape[1:] if len(shape) > 1 else shape) == 1
     if node.target not in LAYOUTS or node.target in SPLITS | {operator.getitem}:
         return False
     ndim = len(shape_of(args_of(node)[0]))
@@ -199,6 +216,34 @@ def _scales_alike(node: fx.Node) -> bool:
     if node.target == aten.permute.default:
         return args_of(node)[1][-1] % ndim == ndim - 1
     return node.target in RESHAPES and shape_of(args_of(node)[0])[-1] == shape_of(node)[-1]
+
+
+def _has_features_last(end: fx.Node, weights: Weights, *, proven: bool = False) -> bool:
+    """Whether the last dimension holds the features of a linear layer; where nothing tells, yes, or no if `proven`."""
+    node = end
+    while True:
+        if weights.are_in(node):
+            return feature_dims(node, weights) == [len(shape_of(node)) - 1]
+        if node.target in CONVOLUTIONS:
+            return False
+        if node.target in LAYOUTS and not _scales_alike(node):
+            return not proven and node.target not in TRANSPOSES
+        sources = [source for source in node.all_input_nodes if source.op == "call_function"]
+        same = [source for source in sources if shape_of(source) == shape_of(node)] or sources[:1]
+        if not same or (node.target not in ELEMENTWISE and not _scales_alike(node)):
+            return not proven
+        node = same[0]
+
+
+def _sources(skip: fx.Node) -> Iterator[fx.Node]:
+    """What a branch beside `skip` may start from: `skip`, and what other branches have been added to on the way."""
+    source = _without_scaling(skip)
+    yield source
+    if source.target in ADDS:
+        lhs, rhs = args_of(source)
+        if isinstance(rhs, fx.Node) and shape_of(lhs) == shape_of(rhs):
+            yield from _sources(lhs)
+            yield from _sources(rhs)
 
 
 def _without_scaling(node: fx.Node) -> fx.Node:

@@ -40,8 +40,9 @@ class LayerScaleOptions:
     """Globs that take precedence over `include`."""
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.init):
-            raise ValueError(f"layer_scale: init is {self.init}; it takes a finite number")
+        _check_patterns(self)
+        if not _is_number(self.init) or not math.isfinite(self.init):
+            raise ValueError(f"layer_scale: init is {self.init!r}; it takes a finite number")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,8 +59,23 @@ class QKLayernormOptions:
     """Globs that take precedence over `include`."""
 
     def __post_init__(self) -> None:
-        if not self.eps > 0:
-            raise ValueError(f"qk_layernorm: eps is {self.eps}; it takes a number above 0")
+        _check_patterns(self)
+        object.__setattr__(self, "over", _member("qk_layernorm: over", Over, self.over))
+        object.__setattr__(self, "norm", _member("qk_layernorm: norm", Norm, self.norm))
+        if not _is_number(self.eps) or not self.eps > 0:
+            raise ValueError(f"qk_layernorm: eps is {self.eps!r}; it takes a number above 0")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_patterns(options: LayerScaleOptions | QKLayernormOptions) -> None:
+    """Make tuples of what was given as globs; one glob may be a string."""
+    for option in ("include", "exclude"):
+        given = getattr(options, option)
+        if given is not None or option == "exclude":
+            object.__setattr__(options, option, patterns(option, () if given is None else given))
 
 
 def read_options(name: str, kind: type, given: Any) -> Any:
@@ -83,12 +99,6 @@ def read_options(name: str, kind: type, given: Any) -> Any:
     for option, value in items:
         if option not in fields:
             raise ValueError(f"{name}: unknown option {option!r}; did you mean {closest(str(option), fields)!r}?")
-        if option in ("include", "exclude"):
-            value = patterns(option, value) if value is not None else fields[option].default
-        elif isinstance(default := fields[option].default, enum.Enum):
-            value = _member(f"{name}: {option}", type(default), value)
-        elif not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise ValueError(f"{name}: {option} is {value!r}; it takes a number")
         options[option] = value
     return kind(**options)
 

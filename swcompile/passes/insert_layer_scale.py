@@ -42,11 +42,14 @@ def insert_layer_scale(
         reason = left_out(options, module)
         if branch.has_layer_scale:
             reason = "has a layer-scale already"
+        elif not branch.has_features_last:
+            reason = "its last dimension does not hold the features"
         if reason is None:
             gamma = LayerScale(num_features, init=options.init, device=weight.device, dtype=weight.dtype)
             with graph.inserting_after(branch.end):
                 scaled = emit_module(graph, place, gamma, branch.end)
-            branch.reader.replace_input_with(branch.end, scaled)
+            for reader in branch.readers:
+                reader.replace_input_with(branch.end, scaled)
             result.rewrites += 1
         result.decisions.append(
             Decision(
