@@ -49,6 +49,8 @@ class DeviceFacts(NamedTuple):
     num_multiprocessors: int
     shared_memory: int
     """Bytes of a multiprocessor."""
+    max_threads: int = 2048
+    """Of a multiprocessor."""
 
 
 @cache
@@ -67,6 +69,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
         (properties.major, properties.minor),
         properties.multi_processor_count,
         properties.shared_memory_per_multiprocessor,
+        properties.max_threads_per_multi_processor,
     )
 
 
@@ -76,7 +79,7 @@ def resident_programs(compiled: Any, num_warps: int, device: torch.device) -> in
     compiled._init_handles()  # loads it, and so finds its registers
     registers = -(-max(compiled.n_regs, 1) // 8) * 8
     threads = 32 * num_warps
-    each = min(65536 // (registers * threads), 2048 // threads)
+    each = min(65536 // (registers * threads), facts.max_threads // threads)
     if compiled.metadata.shared:
         each = min(each, facts.shared_memory // (compiled.metadata.shared + 1024))
     return max(each, 1) * facts.num_multiprocessors

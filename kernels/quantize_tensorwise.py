@@ -161,14 +161,24 @@ def launch(
     """Run the kernels in the given configuration; an output that is None is not written."""
     outputs = same_RC, transposed_CR, scale_11
     num_tiles = triton.cdiv(x_RC.shape[0], config.rows) * triton.cdiv(x_RC.shape[1], config.columns)
-    if not config.at_once or num_tiles == 0 or INTERPRETED:
+    if not config.at_once or not _may_run_at_once(x_RC):
         _launch_twice(config, num_tiles, x_RC, partial_P, *outputs)
         return
     resident = _resident_programs(config, x_RC.dtype, same_RC is None, transposed_CR is None, x_RC.device)
     options = _at_once_options(config, *outputs[:2])
-    meeting = partial_P[:2].zero_()
+    meeting = torch.zeros(2, dtype=torch.int32, device=x_RC.device)
     grid = (triton.cdiv(num_tiles, triton.cdiv(num_tiles, resident)),)  # as many tiles each
     _at_once_kernel[grid](x_RC, meeting, *outputs, *x_RC.shape, x_RC.stride(0), **options)
+
+
+def _may_run_at_once(x_RC: torch.Tensor) -> bool:
+    """Whether programs may wait for each other: for sizes that `_resident_programs` holds for, on a GPU that is not shared.
+
+    A collective on another stream may keep a part of the GPU, for as long as other processes take.
+    """
+    is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+    sizes = (*x_RC.shape, x_RC.stride(0), x_RC.data_ptr())
+    return not INTERPRETED and not is_shared and x_RC.numel() > 0 and all(size % 16 == 0 for size in sizes)
 
 
 def _launch_twice(
@@ -239,7 +249,7 @@ def _at_once_options(config: TileConfig, same: Any, transposed: Any) -> dict[str
 def _resident_programs(
     config: TileConfig, dtype: torch.dtype, no_same: bool, no_transposed: bool, device: torch.device
 ) -> int:
-    """How many programs of `_at_once_kernel` a GPU holds at once."""
+    """How many programs of `_at_once_kernel` a GPU holds at once, for sizes that are multiples of 16."""
     outputs = None if no_same else torch.int8, None if no_transposed else torch.int8
     arguments = dtype, torch.int32, *outputs, torch.float32, 1024, 1024, 1024
     with torch.cuda.device(device):
@@ -349,7 +359,9 @@ def _at_once_kernel(
         bits = tl.maximum(bits, tl.max(tl.max(magnitude_bits(x), axis=1), axis=0))
     tl.atomic_max(meeting_ptr, bits, sem="relaxed")
     tl.atomic_add(meeting_ptr + 1, 1, sem="release")
-    while tl.load(meeting_ptr + 1, volatile=True) < tl.num_programs(0):
+    while tl.load(meeting_ptr + 1, volatile=True) < tl.num_programs(0):  # cheaper than to acquire each time
+        pass
+    while tl.atomic_add(meeting_ptr + 1, 0, sem="acquire") < tl.num_programs(0):
         pass
     scale, inverse = scale_and_inverse(tl.atomic_max(meeting_ptr, 0, sem="acquire"))
     tl.store(scale_ptr, scale)  # every program writes the same bits

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs
 """Functions that row programs are made of, in Triton, in float32.
 
-Triton's own `exp`, `erf` and `sigmoid` take 5, 29 and 14 instructions an element on Hopper, most of them for
-subnormals, and bandwidth leaves time for about 30 in all. Here they take 2, 12 and 4.
+Triton's own `erf` and `sigmoid` take 29 and 14 instructions an element on Hopper, most of them for subnormals, and
+bandwidth leaves time for about 30 in all. Here they take 12 and 4.
 """
 
 from swcompile.kernels.launch import INTERPRETED, tl, triton
@@ -34,7 +34,7 @@ def from_bfloat16(x):
         return x.to(tl.float32)
     else:
         halves = tl.inline_asm_elementwise(
-            "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }", "=r,=r,r", [x], dtype=tl.int32, is_pure=True, pack=2
+            "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }", "=&r,=r,r", [x], dtype=tl.int32, is_pure=True, pack=2
         )
         return halves.to(tl.float32, bitcast=True)
 

@@ -305,7 +305,7 @@ class _Writer:
             if isinstance(square, float) or square.index < len(self.program.inputs):
                 continue
             product = self._step_of(square)
-            if product.op == "mul" and product.args == (base, base) and math.isclose(-factor, scale**2, rel_tol=1e-6):
+            if product.op == "mul" and product.value.dtype == torch.float32 and product.args == (base, base) and math.isclose(-factor, scale**2, rel_tol=1e-6):
                 return Ref(index)
         return None
 
@@ -324,13 +324,13 @@ class _Writer:
         """(source of the division, its second argument)."""
         if isinstance(divisor, Ref):
             return ("{0} * inverse_of_positive({1})" if self._is_above_one(divisor) else "{0} / {1}"), argument
+        divisor = torch.tensor(divisor, dtype=torch.float32).item()  # few bits are left of a subnormal one
         if 2.0**-100 <= abs(divisor) <= 2.0**100:
             return "{0} * {1}", _number(1.0 / divisor)
         if divisor == 0.0:  # Triton 3.6 has no constant of -0
             return ("{0} / {1}" if math.copysign(1.0, divisor) > 0 else "-({0} / {1})"), "0.0"
         scale = 2.0**64 if abs(divisor) < 1 else 2.0**-64  # as an inverse may be no float32
-        rounded = torch.tensor(divisor, dtype=torch.float32).item()  # few bits are left of a subnormal one
-        return f"{{0}} * {scale!r} * {{1}}", _number(1.0 / (rounded * scale))
+        return f"{{0}} * {scale!r} * {{1}}", _number(1.0 / (divisor * scale))
 
     def _is_above_one(self, ref: Ref) -> bool:
         """Whether a value is 1 or more for sure: ``1 + e^x``, which silu divides by."""

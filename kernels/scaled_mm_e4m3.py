@@ -91,7 +91,9 @@ def scaled_mm_e4m3_triton(
 
 
 TUNER: Tuner[MatmulConfig] = Tuner(
-    "scaled_mm_e4m3", [scaled_mm_kernels.__file__, str(Path(__file__).with_name("scaled_mm_e4m3_wgmma.py"))]
+    "scaled_mm_e4m3",
+    [scaled_mm_kernels.__file__]
+    + [str(Path(__file__).with_name(name)) for name in ("scaled_mm_wgmma.py", "scaled_mm_e4m3_wgmma.py")],
 )
 
 

@@ -57,6 +57,7 @@ def launch_e4m3_wgmma(
 def columns_of(config: MatmulConfig) -> tuple[int, int]:
     """Columns of a tile's left and right part: the powers of two that its columns are the sum of."""
     left = 1 << (config.block_n.bit_length() - 1)
+    assert config.block_n > left, "a tile of a power of two has no right part"
     return left, config.block_n - left
 
 

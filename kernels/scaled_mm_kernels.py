@@ -15,7 +15,7 @@ from swcompile.kernels.launch import INTERPRETED, device_facts, tl, triton
 
 
 class MatmulConfig(NamedTuple):
-    """Tile and schedule of one of the two kernels."""
+    """Tile and schedule of one of the kernels."""
 
     kernel: str
     """ "wgmma": Hopper only; "tma": tiles moved by the tensor memory accelerator, Hopper and later; "pointers": any."""
@@ -58,8 +58,8 @@ TMA_CANDIDATES = [
     MatmulConfig("tma", 64, 64, 128, 4, 6, num_stores=1, programs_each=2),
 ]
 HOPPER_E4M3_CANDIDATES = [
-    MatmulConfig("wgmma", 128, 192, 128, 4, 4, lead=1),
     MatmulConfig("wgmma", 128, 192, 128, 4, 3, lead=1),
+    MatmulConfig("wgmma", 128, 192, 128, 4, 4, lead=1),
     MatmulConfig("wgmma", 128, 192, 128, 4, 4, group_m=16, lead=0),
     *(config for config in TMA_CANDIDATES if config.block_m * config.block_n <= 128 * 128),
 ]

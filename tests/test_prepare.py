@@ -352,7 +352,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({}, "nothing to insert: pass layer_scale=True"),
     "unknown option": ({"layer_scale": {"initial": 0}}, "layer_scale: unknown option 'initial'; did you mean 'init'"),
     "unknown value": ({"qk_layernorm": {"over": "heads"}}, "qk_layernorm: over is 'heads'; did you mean 'head'"),
-    "no number": ({"layer_scale": {"init": "zero"}}, "layer_scale: init is 'zero'; it takes a number"),
+    "no number": ({"layer_scale": {"init": "zero"}}, "layer_scale: init is 'zero'; it takes a finite number"),
     "no options": ({"layer_scale": 3}, "layer_scale is 3; it takes True, or a dict of its options"),
     "not finite": ({"layer_scale": {"init": float("nan")}}, "it takes a finite number"),
     "nowhere": ({"layer_scale": {"include": "*out_projj"}}, "layer_scale can be inserted nowhere"),
@@ -422,5 +422,5 @@ def test_inputs_of_another_kind_are_captured_when_they_come() -> None:
     assert not torch.allclose(expected[0], model(x, x, x, need_weights=False)[0])
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x, x, x, attn_mask=mask, need_weights=False)[0], expected[0])
-    with pytest.raises(Exception, match="was prepared for other inputs than these"):
+    with pytest.raises(Exception, match="called in a new way: call it like this once before it is compiled"):
         compiled(x, x, x, key_padding_mask=torch.zeros(2, 5).bool())

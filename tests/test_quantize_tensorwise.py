@@ -173,8 +173,20 @@ def test_transposed_stores_many_times(op, dtype):
         if run % 2:
             num_rows, num_columns = num_rows * 16, num_columns * 16
         x = torch.randn(num_rows, num_columns, device="cuda").to(dtype)
-        result = in_original_order(op, launch_config(CANDIDATES[run % len(CANDIDATES)], x, op))
+        result = in_original_order(op, launch_config(CANDIDATES[run // 2 % len(CANDIDATES)], x, op))
         assert_same_bits(result, quantize_tensorwise_reference(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("shape", [(5120, 1280), (4096, 8192), (5000, 2064), (5000, 2061)])
+@pytest.mark.parametrize("config", CANDIDATES)
+def test_every_configuration_on_many_tiles(config, shape, op):
+    # as many tiles as the GPU holds programs, several a program, sizes that other code is compiled for
+    x = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    expected = quantize_tensorwise_reference(x)
+    for _ in range(20):  # programs that meet on the GPU
+        assert_same_bits(in_original_order(op, launch_config(config, x, op)), expected)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """StableAdamW as users use it: against the printed algorithm, its options, state, schedulers, faults."""
 
 import copy
+import gc
 import io
 import math
 import pickle
@@ -439,6 +440,54 @@ def test_a_step_in_a_cuda_graph_is_the_step(dtype: torch.dtype) -> None:
     for other in results[1:]:
         for value, expected in zip(other, results[0], strict=True):
             torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+def test_a_step_that_cannot_be_recorded_is_launched(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(self: object, *args: object) -> None:
+        raise RuntimeError("no memory")
+
+    results = []
+    for can_record in (True, False):
+        if not can_record:
+            monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", fail)
+        params = parameters("cuda")
+        optimizer = StableAdamW(params)
+        for step in range(5):
+            give_gradients(params, step)
+            optimizer.step()
+        results.append(params)
+    assert all(map(torch.equal, *results))
+    assert caplog.text.count("cannot be recorded as a CUDA graph") == 1
+
+
+@pytest.mark.parametrize("device", PATHS[:2], indirect=True)
+def test_gradients_that_are_always_missing_are_checked_once(device: str) -> None:
+    params = parameters(device)
+    optimizer = StableAdamW(params)
+    guards = []
+    for step in range(3):
+        give_gradients(params, step)
+        params[0].grad = params[3].grad = None
+        optimizer.step()
+        (bucket,) = optimizer._planned()[0].buckets
+        guards.append(bucket.guards)
+    assert guards[0] is not None and guards[1] is guards[0] and guards[2] is guards[0]
+
+
+def test_an_optimizer_lets_go_of_its_parameters() -> None:
+    params = parameters()
+    optimizer = StableAdamW(params)
+    give_gradients(params, 0)
+    optimizer.step()
+    gc.collect()
+    gc.disable()
+    try:
+        known = weakref.ref(params[0])
+        del params, optimizer
+        assert known() is None
+    finally:
+        gc.enable()
 
 
 def test_the_learning_rate_is_obeyed() -> None:

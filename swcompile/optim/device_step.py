@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from swcompile.kernels.stable_adamw import GRAD
 from swcompile.kernels.tensor_table import is_dense, make_table
-from swcompile.optim.replay import Replayed
+from swcompile.optim.replay import Replayed, can_replay
 from swcompile.optim.step_graph import OPTIONS, Bucket, emit_step, lower_to_tables
 
 
@@ -143,10 +143,12 @@ class _BoundBucket:
         self.groups = torch.tensor([member.group for member in members], device=device)
         self.sizes = torch.tensor([max(p.numel(), 1) for p in self.params], dtype=torch.float64, device=device)
         self.present = torch.ones(len(members), dtype=torch.bool, device=device)
-        self.nothing = torch.empty(0, dtype=self.grad_dtype, device=device)
+        # One for each tensor, as the guards take none twice.
+        self.nothing = [torch.empty(0, dtype=self.grad_dtype, device=device) for _ in members]
         columns = [self.locals, [], self.exp_avgs, self.exp_avg_sqs, self.remainders]
         self.table = make_table(self.locals, columns, device)
         self.grad_addresses = self.table.addresses[GRAD]
+        self.shapes = [local.shape for local in self.locals]
         self.strides = [local.stride() for local in self.locals]
         self.param_addresses = [local.data_ptr() for local in self.locals]
         self.is_sharded = any(isinstance(param, DTensor) for param in self.params)
@@ -163,8 +165,9 @@ class _BoundBucket:
             StaleError: a parameter lies elsewhere than before, or a gradient has another dtype.
             ValueError: a gradient is sparse.
         """
-        # Hundreds of tensors in every step: the guards take a tenth of a microsecond for each, a check in Python ten times that.
-        found = [self.nothing if grad is None else grad for grad in [param.grad for param in self.params]]
+        # Hundreds of tensors in every step: guards check them several times as fast as Python does.
+        gradients = [param.grad for param in self.params]
+        found = [nothing if grad is None else grad for grad, nothing in zip(gradients, self.nothing, strict=True)]
         params: Sequence[torch.Tensor] = self.params
         if self.guards is None or not self.guards.check(*params, *found):
             params, found = self._checked(found)
@@ -184,14 +187,15 @@ class _BoundBucket:
         params: Sequence[torch.Tensor] = self.params
         if self.is_sharded:
             params = [param.to_local() if isinstance(param, DTensor) else param for param in params]
-        if [param.stride() for param in params] != self.strides or {grad.dtype for grad in found} != {self.grad_dtype}:
+        shapes = [param.shape for param in params]
+        if shapes != self.shapes or [p.stride() for p in params] != self.strides or {grad.dtype for grad in found} != {self.grad_dtype}:
             raise StaleError
         for grad, name in zip(found, self.names, strict=True):
             if grad.layout is not torch.strided:
                 raise ValueError(f"the gradient of {name} is sparse; StableAdamW takes dense ones")
         fitting = [local_tensor(grad) for grad in found]
         for number, (grad, local) in enumerate(zip(fitting, self.locals, strict=True)):
-            if grad is not self.nothing and grad.stride() != local.stride():
+            if grad is not self.nothing[number] and grad.stride() != local.stride():
                 fitting[number] = torch.empty_like(local, dtype=grad.dtype).copy_(grad)
         is_usual = not self.is_sharded and all(map(operator.is_, fitting, found))
         self.guards = _guards([*self.params, *found]) if is_usual else None
@@ -284,16 +288,15 @@ class DeviceStep:
         self.options = torch.empty(num_groups, len(OPTIONS), dtype=torch.float64, device=device)
         self.scaling = {name: torch.empty(1, device=device) for name in ("grad_scale", "found_inf")}
         self.upload = _Uploads()
-        self.launch = self._launch()
+        self.emitted = fx.GraphModule(nn.Module(), self.graph)
+        self.launch = self._launch() if self.is_lowered else None
 
     def _launch(self) -> Callable[[], Any]:
-        """What runs the graph: lowered and compiled, or as it was emitted."""
-        if not self.is_lowered:
-            emitted = fx.GraphModule(nn.Module(), self.graph)
-            return lambda: emitted(*self._inputs(self.graph))
+        """The lowered graph, compiled, of inputs none of which ever moves."""
         function = torch.compile(fx.GraphModule(nn.Module(), self.lowered_graph), fullgraph=True, dynamic=False)
-        inputs = self._inputs(self.lowered_graph)  # none of them ever moves
-        if self.device.type == "cuda" and not any(bound.bucket.process_groups for bound in self.buckets):
+        inputs = self._inputs(self.lowered_graph)
+        is_alone = not any(bound.bucket.process_groups for bound in self.buckets)
+        if self.device.type == "cuda" and is_alone and can_replay():
             return Replayed(function, inputs)
         return partial(function, *inputs)
 
@@ -325,7 +328,7 @@ class DeviceStep:
             found_inf: not 0 if the step is to be skipped.
         """
         for bound in self.buckets:
-            self.upload(bound.present, [grad is not bound.nothing for grad in bound.gradients])
+            self.upload(bound.present, [grad is not nothing for grad, nothing in zip(bound.gradients, bound.nothing, strict=True)])
             if self.is_lowered:
                 self.upload(bound.grad_addresses, bound.gradient_addresses)
         self._set_options(options)
@@ -335,7 +338,7 @@ class DeviceStep:
             else:
                 self.scaling[name].copy_(given.reshape(1), non_blocking=True)
                 self.upload.latest.pop(id(self.scaling[name]), None)
-        outputs = self.launch()
+        outputs = self.launch() if self.launch else self.emitted(*self._inputs(self.graph))
         if self.is_lowered:  # autograd sees no write through an address; whoever saved a parameter is to be told
             torch.autograd.graph.increment_version([local for bound in self.buckets for local in bound.locals])
         for bound, (rms, changes) in zip(self.buckets, outputs, strict=True):
