@@ -28,6 +28,7 @@ class Block(nn.Module):
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
         self.norm = nn.LayerNorm(CHANNELS)
         self.queries = nn.Parameter(torch.randn(HEADS, LENGTH, CHANNELS))
+        self.probe = nn.Parameter(torch.randn(1, LENGTH, WIDTH))
         self.bias = nn.Parameter(torch.randn(HEADS, LENGTH, LENGTH))
         self.w = nn.Parameter(torch.randn(3, WIDTH, HEADS, CHANNELS))
         self.register_buffer("mask", torch.ones(LENGTH, LENGTH).tril().bool())
@@ -90,12 +91,19 @@ def grouped(m: Any, x: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def learned(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """Attention that pools: its queries are projections of a parameter."""
+    q, k, v = heads(m.q(m.probe.expand(BATCH, -1, -1))), heads(m.k(x)), heads(m.v(x))
+    return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
 NUMBERS = torch.arange(WIDTH).view(HEADS, CHANNELS)
 SPELLINGS: dict[str, tuple[Callable[..., torch.Tensor], torch.Tensor, torch.Tensor]] = {
     "explicit": (masked, NUMBERS, NUMBERS),
     "folded": (folded, NUMBERS, NUMBERS),
     "einsum": (einsums, NUMBERS, NUMBERS),
     "rotary": (rotated, NUMBERS, NUMBERS),
+    "learned queries": (learned, NUMBERS, NUMBERS),
     "packed": (packed, NUMBERS, NUMBERS + WIDTH),
     "interleaved": (
         interleaved,

@@ -43,6 +43,14 @@ def gpt_neox() -> nn.Module:
     return transformers.GPTNeoXForCausalLM(config)
 
 
+def cohere() -> nn.Module:
+    """Attention and MLP are added one after the other to what both were computed from."""
+    sizes = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "intermediate_size": 2 * WIDTH}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = transformers.CohereConfig(vocab_size=model_zoo.VOCABULARY, num_hidden_layers=LAYERS, **sizes, **tokens)
+    return transformers.CohereForCausalLM(config)
+
+
 def encoder_layer(norm_first: bool) -> nn.Module:
     return nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, batch_first=True, norm_first=norm_first)
 
@@ -85,6 +93,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Inputs], int, int
     "bert": (lambda: zoo("bert"), tokens, 2 * LAYERS, LAYERS),
     "t5": (lambda: zoo("t5"), t5_inputs, 5 * LAYERS, 3 * LAYERS),
     "gpt_neox": (gpt_neox, tokens, 2 * LAYERS, LAYERS),
+    "cohere": (cohere, tokens, 2 * LAYERS, LAYERS),
     "pre-norm encoder layer": (lambda: encoder_layer(True), floats, 2, 1),
     "post-norm encoder layer": (lambda: encoder_layer(False), floats, 2, 1),
     "nn.MultiheadAttention": (lambda: nn.MultiheadAttention(WIDTH, HEADS, 0.1, batch_first=True), self_attention, 0, 1),
@@ -246,6 +255,90 @@ def test_merged_is_scaled(name: str) -> None:
     assert all("not in a linear layer" in d.reason or "folded into" in d.reason for d in report.decisions)
 
 
+def test_a_weight_that_another_layer_has_too_is_not_scaled() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.head.weight = self.layer.weight
+
+        def forward(self, x: torch.Tensor, to_head: bool = False) -> torch.Tensor:
+            x = x + self.layer(x)
+            return self.head(x) if to_head else x
+
+    x = torch.randn(2, WIDTH)
+    model = swcompile.prepare(Tied(), x, layer_scale={"init": 0.5})
+    expected = model(x, True)
+    (decision,) = swcompile.merge_layer_scale(model).decisions
+    assert decision.reason == "layer.weight and head.weight are one parameter" and torch.equal(model(x, True), expected)
+
+
+def test_nothing_to_merge_is_an_error() -> None:
+    model, inputs = make("pre-norm encoder layer")
+    prepare(model, inputs(), layer_scale=True)
+    swcompile.merge_layer_scale(model)
+    with pytest.raises(ValueError, match="has no layer-scale to merge"):
+        swcompile.merge_layer_scale(model)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_one_sample_and_one_token(fullgraph: bool) -> None:
+    """Of a forward that is replaced by its graph, compiled for more of both."""
+    model, inputs = make("nn.MultiheadAttention")
+    prepare(model.eval(), inputs(), qk_layernorm=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+    for batch, length in ((2, 12), (1, 12), (3, 1), (1, 1)):
+        assert_same(run(compiled, inputs(batch, length)), run(model, inputs(batch, length)))
+
+
+def test_padding_in_evaluation() -> None:
+    """torch.nn makes nested tensors of padded batches where it is fused."""
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 1).eval(), torch.randn(2, 5, WIDTH)
+    padding = torch.arange(5).ge(3).expand(2, 5)
+    original = model(x, src_key_padding_mask=padding)
+    for options in ({"layer_scale": {"init": 1.0}}, {"qk_layernorm": True}):
+        swcompile.prepare(model, x, **options)
+        with torch.no_grad():
+            assert_same([model(x, src_key_padding_mask=padding)], [model(x, src_key_padding_mask=padding)])
+            if "layer_scale" in options:
+                torch.testing.assert_close(model(x, src_key_padding_mask=padding)[:, :3], original[:, :3])
+        swcompile.strip(model)
+        assert model.use_nested_tensor
+
+
+def test_a_part_of_a_prepared_model_is_prepared() -> None:
+    model, _ = make("pre-norm encoder layer")
+    whole = nn.Sequential(model)
+    swcompile.prepare(whole, torch.randn(2, 5, WIDTH), layer_scale=True)
+    names = list(whole.state_dict())
+    with pytest.raises(ValueError, match="is prepared already, as a part of a larger model"):
+        swcompile.prepare(model, torch.randn(2, 5, WIDTH), layer_scale=True)
+    assert list(whole.state_dict()) == names
+
+
+def test_a_graph_that_would_write_to_an_argument_is_an_error() -> None:
+    class Cache:
+        keys: Any = None
+
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+        def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+            y = x + self.attention(x, x, x)[0] * torch.sigmoid(x)  # no submodule makes what is scaled
+            if cache is not None:
+                cache.keys = y
+            return y
+
+    x = torch.randn(2, 5, WIDTH)
+    model = swcompile.prepare(Caching(), x, layer_scale=True)
+    assert torch.equal(model(x), x)
+    with pytest.raises(ValueError, match="writes to a Cache that it is called with"):
+        model(x, Cache())
+
+
 def test_all_heads_together_and_rms() -> None:
     model, inputs = make("llama")
     model.eval()
@@ -355,6 +448,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no number": ({"layer_scale": {"init": "zero"}}, "layer_scale: init is 'zero'; it takes a finite number"),
     "no options": ({"layer_scale": 3}, "layer_scale is 3; it takes True, or a dict of its options"),
     "not finite": ({"layer_scale": {"init": float("nan")}}, "it takes a finite number"),
+    "no glob": ({"layer_scale": {"include": 3}}, "option 'include' is 3; it takes a glob"),
     "nowhere": ({"layer_scale": {"include": "*out_projj"}}, "layer_scale can be inserted nowhere"),
 }
 
@@ -368,6 +462,17 @@ def test_bad_options_change_nothing(case: str) -> None:
         warnings.simplefilter("ignore")
         swcompile.prepare(model, torch.randn(2, 5, WIDTH), **options)
     assert list(model.state_dict()) == state and not any(m._forward_hooks for m in model.modules())
+
+
+def test_options_are_checked_when_they_are_made() -> None:
+    assert swcompile.LayerScaleOptions(include="*linear2").include == ("*linear2",)
+    assert swcompile.QKLayernormOptions(over="model", exclude=["a", "b"]) == swcompile.QKLayernormOptions(
+        over=swcompile.stabilizers.Over.MODEL, exclude=("a", "b")
+    )
+    with pytest.raises(ValueError, match="init is '0'; it takes a finite number"):
+        swcompile.LayerScaleOptions(init="0")
+    with pytest.raises(ValueError, match="over is 'heads'; did you mean 'head'"):
+        swcompile.QKLayernormOptions(over="heads")
 
 
 def test_errors_name_the_place() -> None:

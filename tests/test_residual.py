@@ -58,6 +58,15 @@ PLACES: dict[str, tuple[Callable[..., torch.Tensor], list[str]]] = {
     "scaled skip": (lambda m, x: 0.9 * x + m.mlp(x), ["down_layer_scale"]),
     "parallel": (lambda m, x: m.mlp(x) + m.other(x) + x, ["down_layer_scale", "other_layer_scale"]),
     "parallel, other order": (lambda m, x: x + (m.mlp(x) + m.other(x)), ["down_layer_scale", "other_layer_scale"]),
+    "one after the other": (lambda m, x: x + m.mlp(x) + m.other(x), ["down_layer_scale", "other_layer_scale"]),
+    "one after the other, dropout": (
+        lambda m, x: x + m.dropout(m.mlp(x)) + m.dropout(m.other(x)),
+        ["down_layer_scale", "other_layer_scale"],
+    ),
+    "parallel under a factor": (
+        lambda m, x: x + 0.5 * m.dropout(m.mlp(x) + m.other(x)),
+        ["down_layer_scale", "other_layer_scale"],
+    ),
     "two in a row": (lambda m, x: (y := x + m.mlp(x)) + m.other(m.norm(y)), ["down_layer_scale", "other_layer_scale"]),
     "own code": (lambda m, x: (y := x + m.norm(x) @ m.weight) + y @ m.weight, ["layer_scale", "layer_scale_1"]),
     "in place": (in_place, ["down_layer_scale"]),
@@ -106,8 +115,62 @@ def test_position_bias_is_no_way_round_attention() -> None:
 def test_a_layer_scale_that_is_there_is_seen() -> None:
     _, (branch,) = branches_of(lambda m, x: x + m.gamma * m.mlp(x))
     assert branch.has_layer_scale
+    _, (branch,) = branches_of(lambda m, x: x + m.mlp(x) * m.gamma)
+    assert branch.has_layer_scale
     _, (branch,) = branches_of(lambda m, x: x + m.norm(m.mlp(x)))
     assert not branch.has_layer_scale
+
+
+@pytest.mark.parametrize("spelling", PLACES)
+def test_every_branch_of_a_rewritten_graph_is_scaled(spelling: str) -> None:
+    function, expected = PLACES[spelling]
+    captured, _ = branches_of(function)
+    captured.run_passes([swcompile.insert_layer_scale])
+    x = torch.randn(4, WIDTH)
+
+    def output() -> torch.Tensor:
+        torch.manual_seed(0)  # of dropout
+        return captured(x.clone())
+
+    without = output()
+    gammas = {name: p for name, p in captured.module.named_parameters() if name.endswith("layer_scale.gamma") or "layer_scale_" in name}
+    assert len(gammas) == len(expected)
+    for gamma in gammas.values():
+        with torch.no_grad():
+            gamma.fill_(1.0)
+        assert not torch.equal(output(), without)
+        with torch.no_grad():
+            gamma.zero_()
+
+
+class Images(nn.Module):
+    """Features are the second dimension."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]):
+        super().__init__()
+        self.function, self.linear = function, nn.Linear(8, 8)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self, x)
+
+
+def test_features_that_are_not_last() -> None:
+    def moved(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return x + m.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    model, x = Images(moved), torch.randn(2, 8, 6, 10)
+    swcompile.prepare(model, x, layer_scale=True)
+    assert model.linear_layer_scale.gamma.shape == (8,) and torch.equal(model(x), x)
+    larger = torch.randn(1, 8, 3, 5)
+    assert torch.equal(model(larger), larger)
+
+    def excited(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.conv(x)
+        return x + y * torch.sigmoid(m.linear(y.mean((2, 3))))[:, :, None, None]
+
+    with pytest.raises(ValueError, match="its last dimension does not hold the features"):
+        swcompile.prepare(Images(excited), x, layer_scale=True)
 
 
 MERGES: dict[str, tuple[Callable[..., torch.Tensor], list[Any]]] = {
