@@ -110,6 +110,8 @@ def capture_forward(
     traced.graph.set_codegen(fx.graph.CodeGen())
     module = fx.GraphModule(attributes, traced.graph, type(model).__name__)
     _add_values(module)
+    _scale_last(module.graph)
+    module.recompile()
     return ForwardGraph(
         module=module,
         output=function.result.output,
@@ -254,6 +256,34 @@ def _calls(node: fx.Node) -> Iterator[str]:
         _, again, count = key.rpartition("@")
         if path.startswith("model") and inside:
             yield inside + again + count if again else inside
+
+
+_VIEWS = {
+    aten.contiguous.default,
+    aten.permute.default,
+    aten.reshape.default,
+    aten.transpose.int,
+    aten.unflatten.int,
+}
+
+
+def _scale_last(graph: fx.Graph) -> None:
+    """Move products with numbers behind views, which changes no bit: queries may be scaled before they are split into heads."""
+    for node in list(graph.nodes):
+        while node.target in (aten.mul.Tensor, aten.div.Tensor) and not isinstance(node.args[1], fx.Node):
+            view = next(iter(node.users), node)
+            if len(node.users) != 1 or view.target not in _VIEWS:
+                break
+            if node.args[0].meta["val"].dtype != view.meta["val"].dtype:
+                break
+            with graph.inserting_before(view):
+                moved = graph.call_function(view.target, (node.args[0], *view.args[1:]), view.kwargs)
+                scaled = graph.call_function(node.target, (moved, *node.args[1:]), node.kwargs)
+            moved.meta, scaled.meta = dict(view.meta), node.meta | {"val": view.meta["val"]}
+            view.replace_all_uses_with(scaled)
+            graph.erase_node(view)
+            graph.erase_node(node)
+            node = scaled
 
 
 def _add_values(module: fx.GraphModule) -> None:

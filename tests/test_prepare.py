@@ -51,6 +51,14 @@ def cohere() -> nn.Module:
     return transformers.CohereForCausalLM(config)
 
 
+def opt() -> nn.Module:
+    """Queries are scaled before they are split into heads."""
+    sizes = {"hidden_size": WIDTH, "word_embed_proj_dim": WIDTH, "num_attention_heads": HEADS, "ffn_dim": 2 * WIDTH}
+    return transformers.OPTForCausalLM(
+        transformers.OPTConfig(vocab_size=model_zoo.VOCABULARY, num_hidden_layers=LAYERS, **sizes)
+    )
+
+
 def encoder_layer(norm_first: bool) -> nn.Module:
     return nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, batch_first=True, norm_first=norm_first)
 
@@ -94,6 +102,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Inputs], int, int
     "t5": (lambda: zoo("t5"), t5_inputs, 5 * LAYERS, 3 * LAYERS),
     "gpt_neox": (gpt_neox, tokens, 2 * LAYERS, LAYERS),
     "cohere": (cohere, tokens, 2 * LAYERS, LAYERS),
+    "opt": (opt, tokens, 2 * LAYERS, LAYERS),
     "pre-norm encoder layer": (lambda: encoder_layer(True), floats, 2, 1),
     "post-norm encoder layer": (lambda: encoder_layer(False), floats, 2, 1),
     "nn.MultiheadAttention": (lambda: nn.MultiheadAttention(WIDTH, HEADS, 0.1, batch_first=True), self_attention, 0, 1),
