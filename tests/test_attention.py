@@ -97,6 +97,11 @@ def learned(m: Any, x: torch.Tensor) -> torch.Tensor:
     return (q @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
+def clipped(m: Any, x: torch.Tensor) -> torch.Tensor:
+    q, k, v = split(m, x)
+    return torch.clip(q @ k.mT, -50, 50).softmax(-1).nan_to_num() @ v
+
+
 NUMBERS = torch.arange(WIDTH).view(HEADS, CHANNELS)
 SPELLINGS: dict[str, tuple[Callable[..., torch.Tensor], torch.Tensor, torch.Tensor]] = {
     "explicit": (masked, NUMBERS, NUMBERS),
@@ -104,6 +109,7 @@ SPELLINGS: dict[str, tuple[Callable[..., torch.Tensor], torch.Tensor, torch.Tens
     "einsum": (einsums, NUMBERS, NUMBERS),
     "rotary": (rotated, NUMBERS, NUMBERS),
     "learned queries": (learned, NUMBERS, NUMBERS),
+    "clipped": (clipped, NUMBERS, NUMBERS),
     "packed": (packed, NUMBERS, NUMBERS + WIDTH),
     "interleaved": (
         interleaved,
