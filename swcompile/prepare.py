@@ -45,6 +45,8 @@ class _Site:
     """One new module and how the model comes to call it."""
 
     place: str
+    node: str
+    """What decisions call the site."""
     owner: str
     """The call in whose own forward the site is."""
     hooked: str | None
@@ -70,7 +72,7 @@ def prepare(
 
     A norm or a layer-scale is applied to the output of the submodule that makes the value. Where no submodule does
     (``nn.MultiheadAttention``, matmuls written out), the forward of the module around it is replaced by its own
-    graph; a call of another kind than the examples is traced when it first comes, which under ``fullgraph=True`` has to be
+    graph, which the report says; a call of another kind than the examples is traced when it first comes, which under ``fullgraph=True`` has to be
     before it is compiled. Such a graph has the parameters of its submodules, whatever they are by then, but calls no hook
     and no other forward that they are given later, and it cannot write to its arguments (a cache of keys and values).
 
@@ -119,11 +121,18 @@ def prepare(
     encoders: list[Any] = [module for module in model.modules() if getattr(module, "use_nested_tensor", False)]
     for encoder in encoders:
         encoder.use_nested_tensor = False  # torch.nn's fused path for padded batches, whose tensors no norm takes
-    report = Report("prepare", decisions)
     merges = {place: merge for place, merge in merges.items() if place in inserted}
-    setattr(model, _MARK, _Prepared(report=report, places=list(inserted), merges=merges, encoders=encoders))
+    state = _Prepared(report=Report("prepare", decisions), places=list(inserted), merges=merges, encoders=encoders)
+    setattr(model, _MARK, state)
     try:
-        if _install(model, captured.graph, taken, wanted):
+        by_graph = _install(model, captured.graph, taken, wanted)
+        inside = {site.node for site in taken if path_of(site.owner) in by_graph}
+        told = [
+            dataclasses.replace(d, reason=f"{d.reason}, in its own graph") if d.rewritten and d.node in inside else d
+            for d in decisions
+        ]
+        state.report = Report("prepare", told)
+        if by_graph:
             _run_once(model, inputs, kwargs or {})
     except BaseException:
         strip(model)
@@ -259,21 +268,22 @@ def _sites(captured: ForwardGraph) -> tuple[list[_Site], dict[str, Merge | str]]
     found = []
     for branch, place in zip(branches, branch_places(branches), strict=True):
         hooked = producing_call(captured, reversed(branch.path), branch.add)
-        found.append(_Site(place=place, owner=called_in(branch.add), hooked=hooked, hook=SiteHook(place)))
+        owner, node = called_in(branch.add), branch.end.name
+        found.append(_Site(place=place, node=node, owner=owner, hooked=hooked, hook=SiteHook(place)))
     merges = dict(zip((site.place for site in found), merges_of(captured, branches), strict=True))
     for attention, places in zip(attending, attention_places(attending), strict=True):
         for place, split in zip(places, (attention.query, attention.key), strict=True):
             if isinstance(split, HeadSplit):
                 hooked = producing_call(captured, split.whole(), attention.node) if split.is_private else None
-                hook = NormalizeFeatures(place, split.columns)
-                found.append(_Site(place=place, owner=called_in(attention.node), hooked=hooked, hook=hook))
+                owner, node, hook = called_in(attention.node), attention.node.name, NormalizeFeatures(place, split.columns)
+                found.append(_Site(place=place, node=node, owner=owner, hooked=hooked, hook=hook))
     return found, merges
 
 
 def _install(
     model: nn.Module, graph: fx.Graph, taken: Sequence[_Site], wanted: Mapping[Stabilizer, Any]
-) -> bool:
-    """Make the model call its new modules. Returns whether a module's forward was replaced."""
+) -> set[str]:
+    """Make the model call its new modules. Returns the modules whose forward was replaced."""
     calls: dict[str, set[str]] = {}
     for node in graph.nodes:
         for call in node.meta.get("calls", ()):
@@ -303,7 +313,7 @@ def _install(
         owner_path, _, name = site.place.rpartition(".")
         site.hook.attach(model.get_submodule(owner_path), name)
         model.get_submodule(path_of(site.hooked)).register_forward_hook(site.hook)
-    return bool(by_graph)
+    return by_graph
 
 
 def _rewrite(captured: ForwardGraph, *, wanted: Mapping[Stabilizer, Any], places: Sequence[str], path: str) -> None:
