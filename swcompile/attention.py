@@ -34,6 +34,7 @@ from swcompile.graph import hint
 aten = torch.ops.aten
 
 SDPA = aten.scaled_dot_product_attention.default
+INDEXES = {aten.index.Tensor, aten.index_select.default, aten.gather.default}
 SOFTMAXES = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 ON_SCORES = {
     *ADDS,
@@ -83,6 +84,8 @@ class HeadSplit:
     """The users of the path's last node that lead to the scores."""
     is_private: bool
     """Nothing else reads these features of the projection."""
+    is_indexed: bool
+    """The heads are still to be picked by an index: `columns` may hold others."""
     position: int | None
     """Which argument of ``scaled_dot_product_attention`` these are."""
 
@@ -260,6 +263,7 @@ def _head_split(
         readers=readers,
         is_private=all(_reads_others(user, numbers, heads) for user, numbers in others)
         and (reader not in readers or tree_leaves(list(args_of(reader))).count(node) == 1),
+        is_indexed=any(node.target in INDEXES for node in readers),
         position=position if reader.target == SDPA else None,
     )
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim
-from torch.fx.experimental import _config
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from swcompile.pipeline import Pass, format_graph, run_passes
@@ -84,9 +83,7 @@ def capture_forward(
     free = {"tensors": tuple({dim: Dim.AUTO for dim in range(tensor.ndim)} for tensor in tensors)} if dynamic else None
     calls = _ModuleCalls()
     function = _OnTensors(model, leaves, spec)
-    # A free size may be 1 as well, where the forward does not ask.
-    any_size = _config.patch(backed_size_oblivious=dynamic)  # type: ignore[attr-defined]
-    with calls.recorded(model), torch.enable_grad(), _without_fast_path(), any_size:
+    with calls.recorded(model), torch.enable_grad(), _without_fast_path():
         try:
             exported = torch.export.export(function, tuple(tensors), dynamic_shapes=free, strict=False)
         except Exception as error:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import inspect
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._sympy.printers import PythonPrinter
 
 from swcompile.forward import ForwardGraph, attribute, capture_forward
 
@@ -36,6 +38,8 @@ class _Variant:
     """Of each input: what a tensor has to be like (`_Tensor`), or the constant itself."""
     ranges: dict[str, tuple[int, int]]
     """Name of a free size -> the smallest and the largest that the graph holds for."""
+    holds: Callable[..., bool]
+    """What else the forward has asked about the sizes, by their names, as it was answered."""
     function: Callable[..., Any]
     with_tensors: Callable[[Sequence[torch.Tensor]], Any]
 
@@ -59,7 +63,8 @@ class _Variant:
                         return False
                 elif sizes.setdefault(wanted, size) != size:
                     return False
-        return all(low <= sizes[name] <= high for name, (low, high) in self.ranges.items())
+        in_range = all(low <= sizes[name] <= high for name, (low, high) in self.ranges.items())
+        return in_range and self.holds(**{name: size for name, size in sizes.items() if name in self.ranges})
 
 
 MAX_VARIANTS = 64
@@ -75,6 +80,18 @@ def _holds_traced(value: Any, depth: int = 4) -> bool:
     else:
         parts = list(value.values()) if isinstance(value, dict) else list(getattr(value, "__dict__", {}).values())
     return depth > 0 and any(_holds_traced(part, depth - 1) for part in parts)
+
+
+def _answers(shape_env: Any, names: Sequence[str]) -> Callable[..., bool]:
+    """A function of sizes that is true where a traced forward would have gone the same way."""
+    known = [name for name in names if name.isidentifier()]
+    conditions = []
+    for guard in [] if shape_env is None else shape_env.guards:
+        condition = shape_env.replace(guard.expr)
+        if {str(symbol) for symbol in condition.free_symbols} <= set(known):
+            conditions.append(f"({PythonPrinter().doprint(condition)})")
+    source = f"lambda {', '.join([*known, '**others'])}: {' and '.join(dict.fromkeys(conditions)) or True}"
+    return eval(source, {"math": math})  # Dynamo follows it, as it does no sympy
 
 
 def _first(leaves: Sequence[Any], leaf: torch.Tensor) -> int:
@@ -149,7 +166,8 @@ class GraphForward:
         self.rewrite(captured)
         values = iter([node.meta["val"] for node in captured.graph.find_nodes(op="placeholder")])
         known: list[Any] = []
-        ranges = {}
+        ranges: dict[str, tuple[int, int]] = {}
+        shape_env: Any = None
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor):
                 known.append(leaf)
@@ -157,7 +175,8 @@ class GraphForward:
             shape = next(values).shape
             for size in shape:
                 if isinstance(size, torch.SymInt):
-                    bounds = size.node.shape_env.bound_sympy(size.node.expr)
+                    shape_env = size.node.shape_env
+                    bounds = shape_env.bound_sympy(size.node.expr)
                     ranges[str(size)] = (int(bounds.lower), int(bounds.upper) if bounds.upper.is_Integer else sys.maxsize)
             sizes = tuple(size if isinstance(size, int) else str(size) for size in shape)
             known.append(_Tensor(dtype=leaf.dtype, shape=sizes, same_as=_first(leaves, leaf)))
@@ -166,6 +185,7 @@ class GraphForward:
             spec=spec,
             leaves=tuple(known),
             ranges=ranges,
+            holds=_answers(shape_env, list(ranges)),
             function=self._function(captured.module),
             with_tensors=captured.with_tensors,
         )

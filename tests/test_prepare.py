@@ -297,7 +297,70 @@ def test_one_sample_and_one_token(fullgraph: bool) -> None:
     prepare(model.eval(), inputs(), qk_layernorm=True)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
     for batch, length in ((2, 12), (1, 12), (3, 1), (1, 1)):
-        assert_same(run(compiled, inputs(batch, length)), run(model, inputs(batch, length)))
+        expected = run(model, inputs(batch, length)) if fullgraph else None  # called before it is compiled
+        actual = run(compiled, inputs(batch, length))
+        assert_same(actual, expected or run(model, inputs(batch, length)))
+
+
+class Asking(nn.Module):
+    """Attention by a packed parameter of its own, that looks at the sizes of what it is given."""
+
+    def __init__(self, factor: Callable[[int, int], int]):
+        super().__init__()
+        self.weight, self.factor = nn.Parameter(torch.randn(3 * WIDTH, WIDTH)), factor
+
+    def forward(self, x: torch.Tensor, position: torch.Tensor | None = None) -> torch.Tensor:
+        batch, length, _ = x.shape
+        x = x if position is None else x + position
+        packed = nn.functional.linear(x, self.weight).reshape(batch, length, 3, HEADS, WIDTH // HEADS)
+        y = nn.functional.scaled_dot_product_attention(*packed.permute(2, 0, 3, 1, 4).unbind(0))
+        return y.transpose(1, 2).reshape(batch, length, WIDTH) * self.factor(batch, length)
+
+
+FACTORS: dict[str, Callable[[int, int], int]] = {
+    "one": lambda batch, length: 2 if batch == 1 else 3,
+    "other": lambda batch, length: 2 if length == 5 else 3,
+    "multiple": lambda batch, length: 2 if length % 4 == 0 else 3,
+    "larger": lambda batch, length: 2 if length > 8 else 3,
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_a_forward_that_looks_at_sizes(name: str) -> None:
+    model = Asking(FACTORS[name])
+    expected = {size: model(torch.ones(*size, WIDTH)) for size in ((2, 10), (1, 10), (2, 5), (2, 8), (3, 12))}
+    swcompile.prepare(model, torch.ones(2, 10, WIDTH), qk_layernorm=True)
+    model.q_norm, model.k_norm = nn.Identity(), nn.Identity()
+    for size, wanted in expected.items():
+        torch.testing.assert_close(model(torch.ones(*size, WIDTH)), wanted, rtol=0.0, atol=0.0)
+
+
+def test_inputs_that_are_broadcast() -> None:
+    model, x, position = Asking(lambda batch, length: 1), torch.randn(2, 6, WIDTH), torch.randn(1, 6, WIDTH)
+    expected = model(x, position)
+    swcompile.prepare(model, x, position, qk_layernorm=True)
+    model.q_norm, model.k_norm = nn.Identity(), nn.Identity()
+    assert torch.equal(model(x, position), expected)
+
+
+def test_heads_that_are_picked_by_an_index() -> None:
+    class MultiQuery(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(WIDTH, WIDTH + WIDTH // 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            heads = self.qkv(x).unflatten(-1, (HEADS + 2, -1))
+            q, k, v = (part.transpose(1, 2) for part in (heads[..., :-2, :], heads[..., [-2], :], heads[..., [-1], :]))
+            return nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    with pytest.raises(ValueError, match="keys: their heads are picked by an index"):
+        swcompile.prepare(MultiQuery(), torch.randn(2, 6, WIDTH), qk_layernorm={"over": "model"})
+    model, x = MultiQuery(), torch.randn(2, 6, WIDTH)
+    expected = model(x)
+    swcompile.prepare(model, x, qk_layernorm=True)
+    model.q_norm, model.k_norm = nn.Identity(), nn.Identity()
+    assert torch.equal(model(x), expected)
 
 
 def test_padding_in_evaluation() -> None:

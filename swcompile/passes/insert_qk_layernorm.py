@@ -39,6 +39,9 @@ def insert_qk_layernorm(
         splits = {"queries": attention.query, "keys": attention.key}
         reason = left_out(options, module)
         reason = reason or next((f"{what}: {why}" for what, why in splits.items() if isinstance(why, str)), None)
+        if options.over is Over.MODEL:
+            indexed = (what for what, split in splits.items() if isinstance(split, HeadSplit) and split.is_indexed)
+            reason = reason or next((f"{what}: their heads are picked by an index" for what in indexed), None)
         shape: tuple[int, ...] = ()
         for name, split in zip(names, splits.values(), strict=True):
             if isinstance(split, HeadSplit):
