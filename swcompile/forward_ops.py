@@ -35,35 +35,6 @@ SPLITS = {
     aten.tensor_split.sections,
     aten.tensor_split.indices,
 }
-LAYOUTS = (
-    COPIES
-    | SPLITS
-    | {
-        operator.getitem,
-        aten.expand.default,
-        aten.repeat_interleave.self_int,
-        aten.flatten.using_ints,
-        aten.mT.default,
-        aten.movedim.int,
-        aten.movedim.intlist,
-        aten.narrow.default,
-        aten.numpy_T.default,
-        aten.permute.default,
-        aten.reshape.default,
-        aten.select.int,
-        aten.slice.Tensor,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.swapaxes.default,
-        aten.swapdims.default,
-        aten.t.default,
-        aten.transpose.int,
-        aten.unflatten.int,
-        aten.unsqueeze.default,
-    }
-)
-"""Ops that move elements of their first argument and compute nothing."""
 TRANSPOSES = {
     aten.mT.default,
     aten.movedim.int,
@@ -75,6 +46,27 @@ TRANSPOSES = {
     aten.t.default,
     aten.transpose.int,
 }
+LAYOUTS = (
+    COPIES
+    | SPLITS
+    | TRANSPOSES
+    | {
+        operator.getitem,
+        aten.expand.default,
+        aten.repeat_interleave.self_int,
+        aten.flatten.using_ints,
+        aten.narrow.default,
+        aten.reshape.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.unflatten.int,
+        aten.unsqueeze.default,
+    }
+)
+"""Ops that move elements of their first argument and compute nothing."""
 CONVOLUTIONS = {
     aten.conv1d.default,
     aten.conv1d.padding,

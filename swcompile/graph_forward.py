@@ -64,7 +64,7 @@ class _Variant:
                 elif sizes.setdefault(wanted, size) != size:
                     return False
         in_range = all(low <= sizes[name] <= high for name, (low, high) in self.ranges.items())
-        return in_range and self.holds(**{name: size for name, size in sizes.items() if name in self.ranges})
+        return in_range and self.holds(**sizes)
 
 
 MAX_VARIANTS = 64

@@ -288,8 +288,8 @@ class DeviceStep:
         self.options = torch.empty(num_groups, len(OPTIONS), dtype=torch.float64, device=device)
         self.scaling = {name: torch.empty(1, device=device) for name in ("grad_scale", "found_inf")}
         self.upload = _Uploads()
-        self.emitted = fx.GraphModule(nn.Module(), self.graph)
         self.launch = self._launch() if self.is_lowered else None
+        self.emitted: Any = None if self.is_lowered else fx.GraphModule(nn.Module(), self.graph)
 
     def _launch(self) -> Callable[[], Any]:
         """The lowered graph, compiled, of inputs none of which ever moves."""
