@@ -189,12 +189,8 @@ def _launch_tensorwise(config: TileConfig, x: torch.Tensor, *, same: bool, trans
 
 
 def _launch_columnwise(config: Any, x: torch.Tensor) -> None:
-    num_columns = x.shape[1]
-    partial_PK = torch.empty(
-        (quantize_columnwise.MAX_PARTIALS, num_columns), dtype=torch.int32, device="cuda"
-    )
     x_q = torch.empty(x.t().shape, dtype=torch.int8, device="cuda")
-    quantize_columnwise.launch(config, x, partial_PK, x_q, torch.empty((num_columns, 1), device="cuda"))
+    quantize_columnwise.launch(config, x, x_q, torch.empty((x.shape[1], 1), device="cuda"))
 
 
 def quantized(num_rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -117,10 +117,9 @@ def _quantize(x_NK: torch.Tensor, x_q: torch.Tensor) -> torch.Tensor:
     num_rows, num_columns = x_NK.shape
     scale_K1 = torch.empty((num_columns, 1), dtype=torch.float32, device=x_NK.device)
     if num_columns:
-        partial_SK = torch.empty((MAX_PARTIALS, num_columns), dtype=torch.int32, device=x_NK.device)
 
         def run(config: ColumnConfig) -> None:
-            launch(config, x_NK, partial_SK, x_q, scale_K1)
+            launch(config, x_NK, x_q, scale_K1)
 
         key = (bucket(num_rows), num_columns, x_NK.dtype, x_q.dtype)
         run(TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device))
@@ -128,138 +127,116 @@ def _quantize(x_NK: torch.Tensor, x_q: torch.Tensor) -> torch.Tensor:
 
 
 class ColumnConfig(NamedTuple):
-    """The tile that a program loads, rounds and stores transposed."""
+    """The item of x that a program works on: tiles above each other, one after the other in its registers."""
 
     rows: int
+    """Of a tile."""
     columns: int
     num_warps: int
+    tiles: int
 
 
-MAX_PARTIALS = 64
-"""Spans of rows at most that the first kernel finds column maxima of, for the second one to join."""
 CANDIDATES = [
-    ColumnConfig(64, 128, 4),
-    ColumnConfig(128, 128, 8),
-    ColumnConfig(128, 64, 4),
-    ColumnConfig(64, 64, 4),
-    ColumnConfig(128, 128, 4),
+    ColumnConfig(128, 64, 4, 2),
+    ColumnConfig(128, 64, 4, 1),
+    ColumnConfig(128, 64, 4, 4),
+    ColumnConfig(64, 128, 4, 2),
+    ColumnConfig(64, 128, 4, 4),
+    ColumnConfig(256, 64, 8, 1),
 ]
+_LEAD = 2
+"""How many items the first pass is ahead, for each multiprocessor: enough to wait for none, few enough for the L2 cache."""
 
 
-def launch(
-    config: ColumnConfig,
-    x_NK: torch.Tensor,
-    partial_SK: torch.Tensor,
-    x_q: torch.Tensor,
-    scale_K1: torch.Tensor,
-) -> None:
-    """Run both kernels in the given configuration; x_q is int8 [K, N] or float8_e4m3fn [K, P]."""
+def launch(config: ColumnConfig, x_NK: torch.Tensor, x_q: torch.Tensor, scale_K1: torch.Tensor) -> None:
+    """Run the kernel in the given configuration; x_q is int8 [K, N] or float8_e4m3fn [K, P]."""
     num_rows, num_columns = x_NK.shape
-    num_multiprocessors = device_facts(x_NK.device).num_multiprocessors
-    blocks = triton.cdiv(num_columns, _ABSMAX_BLOCK_K)
-    rows_each = _span(num_rows, _ABSMAX_BLOCK_N, min(MAX_PARTIALS, triton.cdiv(8 * num_multiprocessors, blocks)))
-    num_partials = triton.cdiv(num_rows, rows_each)
-    _column_absmax_kernel[(blocks, num_partials)](
-        x_NK,
-        partial_SK,
-        num_rows,
-        num_columns,
-        x_NK.stride(0),
-        rows_each,
-        BLOCK_N=_ABSMAX_BLOCK_N,
-        BLOCK_K=_ABSMAX_BLOCK_K,
-        num_warps=4,
-    )
+    spans = triton.cdiv(x_q.shape[1], config.rows * config.tiles)
     blocks = triton.cdiv(num_columns, config.columns)
-    rows_each = _span(x_q.shape[1], config.rows, triton.cdiv(16 * num_multiprocessors, blocks))
-    _quantize_columns_kernel[(blocks, triton.cdiv(x_q.shape[1], rows_each))](
+    meeting = torch.zeros(1 + blocks + num_columns, dtype=torch.int32, device=x_NK.device)
+    lead = min(spans + _LEAD * device_facts(x_NK.device).num_multiprocessors, spans * blocks)
+    _quantize_columns_kernel[(2 * spans * blocks,)](
         x_NK,
-        partial_SK,
+        meeting,
         x_q,
         scale_K1,
-        num_partials,
         num_rows,
         x_q.shape[1],
         num_columns,
         x_NK.stride(0),
-        rows_each,
+        lead,
         BLOCK_N=config.rows,
         BLOCK_K=config.columns,
-        MAX_PARTIALS=partial_SK.shape[0],
+        TILES=config.tiles,
         E4M3=x_q.dtype != torch.int8,
         num_warps=config.num_warps,
         enable_fp_fusion=False,
     )
 
 
-def _span(num_rows: int, tile_rows: int, num_spans: int) -> int:
-    """Rows a program, a multiple of its tile's, so that about `num_spans` programs share all rows."""
-    return triton.cdiv(triton.cdiv(num_rows, tile_rows), num_spans) * tile_rows
-
-
-_ABSMAX_BLOCK_N, _ABSMAX_BLOCK_K = 32, 128
 _INT8_MAX_VALUE = tl.constexpr(INT8.max_value)
-
-
-@triton.jit
-def _column_absmax_kernel(
-    x_ptr,
-    partial_ptr,
-    num_rows,
-    num_columns,
-    x_stride,
-    rows_each,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Program (c, p): largest `magnitude_bits` of each column of block c over span p of the rows."""
-    columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = columns < num_columns
-    first = tl.program_id(1) * rows_each
-    bits = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
-    for start in range(first, tl.minimum(first + rows_each, num_rows), BLOCK_N):
-        rows = tl.minimum(start + tl.arange(0, BLOCK_N).to(tl.int64), num_rows - 1)
-        x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask[None, :], other=0.0)
-        bits = tl.maximum(bits, magnitude_bits(x))
-    partial = partial_ptr + tl.program_id(1).to(tl.int64) * num_columns + columns
-    tl.store(partial, tl.max(bits, axis=0), mask=mask)
 
 
 @triton.jit
 def _quantize_columns_kernel(
     x_ptr,
-    partial_ptr,
+    meeting_ptr,
     x_q_ptr,
     scale_ptr,
-    num_partials,
     num_rows,
     num_padded,
     num_columns,
     x_stride,
-    rows_each,
+    lead,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    MAX_PARTIALS: tl.constexpr,
+    TILES: tl.constexpr,
     E4M3: tl.constexpr,
 ):
-    columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
+    """A program finds the column maxima of an item, or rounds it: a second pass that finds x in the L2 cache.
+
+    The first pass is `lead` items ahead. Items go down a block of columns, then down the next one. Programs take the
+    items in the order in which they start, so that none waits for another that has yet to start. All begin at zero in
+    `meeting`: how many programs have started, how many items of each block have their maxima, and the maxima, as
+    `magnitude_bits`.
+    """
+    spans = tl.cdiv(num_padded, BLOCK_N * TILES)
+    blocks = tl.cdiv(num_columns, BLOCK_K)
+    num_items = spans * blocks
+    ticket = tl.atomic_add(meeting_ptr, 1, sem="relaxed")
+    turn = ticket - lead  # from here on passes take turns, until the first one has ended
+    is_first = (turn < 0) | ((turn % 2 == 0) & (ticket < 2 * num_items - lead))
+    first_item = tl.where(turn < 0, ticket, lead + turn // 2)
+    item = tl.where(is_first, first_item, tl.maximum(turn // 2, ticket - num_items))
+    block, start = item // spans, (item % spans) * (BLOCK_N * TILES)
+    columns = block * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
     column_mask = columns < num_columns
-    index = tl.arange(0, MAX_PARTIALS)[:, None]
-    partial = tl.load(
-        partial_ptr + index * num_columns + columns[None, :],
-        mask=(index < num_partials) & column_mask[None, :],
-        other=0,
-    )
-    scale, inverse = scale_and_inverse(tl.max(partial, axis=0), e4m3.MAX_VALUE if E4M3 else _INT8_MAX_VALUE)
-    tl.store(scale_ptr + columns, scale, mask=column_mask)  # every span writes the same bits
-    first = tl.program_id(1) * rows_each
-    for start in range(first, tl.minimum(first + rows_each, num_padded), BLOCK_N):
-        rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        mask = (rows < num_rows)[:, None] & column_mask[None, :]
-        x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask, other=0.0)
-        x_q = round_to_e4m3(x, inverse[None, :]) if E4M3 else round_to_int8(x, inverse[None, :])
-        stored = (rows < num_padded)[:, None] & column_mask[None, :]
-        store_tile(x_q, None, x_q_ptr, rows, columns, num_padded, num_columns, stored, False, True)
+    finished = meeting_ptr + 1 + block
+    magnitudes = meeting_ptr + 1 + blocks + columns
+    if is_first:
+        largest = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
+        for tile in range(TILES):
+            rows = start + tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+            rows = tl.minimum(rows, num_rows - 1)  # a row seen twice changes no maximum
+            x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=column_mask[None, :], other=0.0)
+            largest = tl.maximum(largest, magnitude_bits(x))
+        tl.atomic_max(magnitudes, tl.max(largest, axis=0), mask=column_mask, sem="relaxed")
+        tl.debug_barrier()  # all maxima of the item are there before it counts
+        tl.atomic_add(finished, 1, sem="release")
+    else:
+        while tl.atomic_add(finished, 0, sem="acquire") < spans:
+            pass
+        bits = tl.load(magnitudes, mask=column_mask, other=0)
+        scale, inverse = scale_and_inverse(bits, e4m3.MAX_VALUE if E4M3 else _INT8_MAX_VALUE)
+        if start == 0:
+            tl.store(scale_ptr + columns, scale, mask=column_mask)
+        for tile in range(TILES):
+            rows = start + tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+            mask = (rows < num_rows)[:, None] & column_mask[None, :]
+            x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask, other=0.0)
+            x_q = round_to_e4m3(x, inverse[None, :]) if E4M3 else round_to_int8(x, inverse[None, :])
+            stored = (rows < num_padded)[:, None] & column_mask[None, :]
+            store_tile(x_q, None, x_q_ptr, rows, columns, num_padded, num_columns, stored, False, True)
 
 
 TUNER: Tuner[ColumnConfig] = Tuner("quantize_columnwise_transpose", [__file__, int8.__file__, e4m3.__file__])

@@ -4,8 +4,7 @@
 Shapes: N rows (out features), K columns (in features); R rows and C columns in the order of storage.
 """
 
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -21,7 +20,7 @@ from swcompile.kernels.int8 import (
     store_tile,
     with_unit_inner_stride,
 )
-from swcompile.kernels.launch import INTERPRETED, device_facts, resident_programs, tl, triton
+from swcompile.kernels.launch import device_facts, tl, triton
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.tuning import Tuner, bucket
 
@@ -107,8 +106,6 @@ class TileConfig(NamedTuple):
     num_warps: int
     loads_early: bool = False
     """The first tile is loaded before the scale is known: worth its registers where a program has one tile."""
-    at_once: bool = False
-    """One launch: programs wait for each other once they know the absmax, and find a small matrix again in their caches."""
 
 
 MAX_PARTIALS = 256
@@ -120,8 +117,6 @@ CANDIDATES = [
     TileConfig(64, 64, 4),
     TileConfig(128, 128, 8),
     TileConfig(128, 128, 4),
-    TileConfig(128, 128, 8, at_once=True),
-    TileConfig(64, 128, 4, at_once=True),
 ]
 
 
@@ -158,40 +153,9 @@ def launch(
     transposed_CR: torch.Tensor | None,
     scale_11: torch.Tensor,
 ) -> None:
-    """Run the kernels in the given configuration; an output that is None is not written."""
-    outputs = same_RC, transposed_CR, scale_11
-    num_tiles = triton.cdiv(x_RC.shape[0], config.rows) * triton.cdiv(x_RC.shape[1], config.columns)
-    if not config.at_once or not _may_run_at_once(x_RC):
-        _launch_twice(config, num_tiles, x_RC, partial_P, *outputs)
-        return
-    resident = _resident_programs(config, x_RC.dtype, same_RC is None, transposed_CR is None, x_RC.device)
-    options = _at_once_options(config, *outputs[:2])
-    meeting = torch.zeros(2, dtype=torch.int32, device=x_RC.device)
-    grid = (triton.cdiv(num_tiles, triton.cdiv(num_tiles, resident)),)  # as many tiles each
-    _at_once_kernel[grid](x_RC, meeting, *outputs, *x_RC.shape, x_RC.stride(0), **options)
-
-
-def _may_run_at_once(x_RC: torch.Tensor) -> bool:
-    """Whether programs may wait for each other: for sizes that `_resident_programs` holds for, on a GPU that is not shared.
-
-    A collective on another stream may keep a part of the GPU, for as long as other processes take.
-    """
-    is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
-    sizes = (*x_RC.shape, x_RC.stride(0), x_RC.data_ptr())
-    return not INTERPRETED and not is_shared and x_RC.numel() > 0 and all(size % 16 == 0 for size in sizes)
-
-
-def _launch_twice(
-    config: TileConfig,
-    num_tiles: int,
-    x_RC: torch.Tensor,
-    partial_P: torch.Tensor,
-    same_RC: torch.Tensor | None,
-    transposed_CR: torch.Tensor | None,
-    scale_11: torch.Tensor,
-) -> None:
-    """A kernel for the absmax, and one that rounds."""
+    """Run both kernels in the given configuration; an output that is None is not written."""
     num_rows, num_columns = x_RC.shape
+    num_tiles = triton.cdiv(num_rows, config.rows) * triton.cdiv(num_columns, config.columns)
     facts = device_facts(x_RC.device)
     # The second kernel is launched while the first one runs, and waits inside (programmatic dependent launch).
     overlap = {"launch_pdl": True} if x_RC.is_cuda and facts.capability >= (9, 0) else {}
@@ -231,30 +195,6 @@ def _launch_twice(
         enable_fp_fusion=False,
         **overlap,
     )
-
-
-def _at_once_options(config: TileConfig, same: Any, transposed: Any) -> dict[str, Any]:
-    return {
-        "BLOCK_R": config.rows,
-        "BLOCK_C": config.columns,
-        "SAME": same is not None,
-        "TRANSPOSED": transposed is not None,
-        "num_warps": config.num_warps,
-        "enable_fp_fusion": False,
-        "launch_cooperative_grid": True,
-    }
-
-
-@cache
-def _resident_programs(
-    config: TileConfig, dtype: torch.dtype, no_same: bool, no_transposed: bool, device: torch.device
-) -> int:
-    """How many programs of `_at_once_kernel` a GPU holds at once, for sizes that are multiples of 16."""
-    outputs = None if no_same else torch.int8, None if no_transposed else torch.int8
-    arguments = dtype, torch.int32, *outputs, torch.float32, 1024, 1024, 1024
-    with torch.cuda.device(device):
-        compiled = _at_once_kernel.warmup(*arguments, **_at_once_options(config, *outputs), grid=(1,))
-    return resident_programs(compiled, config.num_warps, device)
 
 
 _ABSMAX_BLOCK_R, _ABSMAX_BLOCK_C, _ABSMAX_WARPS = 64, 256, 8
@@ -305,10 +245,11 @@ def _quantize_tiles_kernel(
     LOADS_EARLY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Program p: int8 of tiles p, p + P, p + 2 P, ... of P programs."""
-    tiles_per_row = tl.cdiv(num_columns, BLOCK_C)
-    first = tl.program_id(0)
-    rows, columns, mask = _tile(first, tiles_per_row, num_rows, num_columns, BLOCK_R, BLOCK_C)
+    """Program p: int8 of tiles p, p + P, p + 2 P, ... of P programs, counted from the end: what was read last is cached."""
+    tiles_per_row = tl.maximum(tl.cdiv(num_columns, BLOCK_C), 1)
+    num_tiles = tl.maximum(tl.cdiv(num_rows, BLOCK_R), 1) * tiles_per_row
+    tile = num_tiles - 1 - tl.program_id(0)
+    rows, columns, mask = _tile(tile, tiles_per_row, num_rows, num_columns, BLOCK_R, BLOCK_C)
     if LOADS_EARLY:
         x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
     if OVERLAP:
@@ -321,52 +262,8 @@ def _quantize_tiles_kernel(
         x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
     x_q = round_to_int8(x, inverse)
     store_tile(x_q, same_ptr, transposed_ptr, rows, columns, num_rows, num_columns, mask, SAME, TRANSPOSED)
-    num_tiles = tl.cdiv(num_rows, BLOCK_R) * tiles_per_row
-    for tile in tl.range(first + tl.num_programs(0), num_tiles, tl.num_programs(0)):
-        rows, columns, mask = _tile(tile, tiles_per_row, num_rows, num_columns, BLOCK_R, BLOCK_C)
-        x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
-        x_q = round_to_int8(x, inverse)
-        store_tile(
-            x_q, same_ptr, transposed_ptr, rows, columns, num_rows, num_columns, mask, SAME, TRANSPOSED
-        )
-
-
-@triton.jit
-def _at_once_kernel(
-    x_ptr,
-    meeting_ptr,
-    same_ptr,
-    transposed_ptr,
-    scale_ptr,
-    num_rows,
-    num_columns,
-    x_stride,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    SAME: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):
-    """Program p: tiles p, p + P, p + 2 P, ... of P programs, which are all on the GPU at once.
-
-    They meet at two integers: the maximum, and how many programs have added to it.
-    """
-    tiles_per_row = tl.cdiv(num_columns, BLOCK_C)
-    num_tiles = tl.cdiv(num_rows, BLOCK_R) * tiles_per_row
-    bits = 0
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        rows, columns, mask = _tile(tile, tiles_per_row, num_rows, num_columns, BLOCK_R, BLOCK_C)
-        x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask, other=0.0)
-        bits = tl.maximum(bits, tl.max(tl.max(magnitude_bits(x), axis=1), axis=0))
-    tl.atomic_max(meeting_ptr, bits, sem="relaxed")
-    tl.atomic_add(meeting_ptr + 1, 1, sem="release")
-    while tl.load(meeting_ptr + 1, volatile=True) < tl.num_programs(0):  # cheaper than to acquire each time
-        pass
-    while tl.atomic_add(meeting_ptr + 1, 0, sem="acquire") < tl.num_programs(0):
-        pass
-    scale, inverse = scale_and_inverse(tl.atomic_max(meeting_ptr, 0, sem="acquire"))
-    tl.store(scale_ptr, scale)  # every program writes the same bits
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        rows, columns, mask = _tile(tile, tiles_per_row, num_rows, num_columns, BLOCK_R, BLOCK_C)
+    for other in tl.range(tile - tl.num_programs(0), -1, -tl.num_programs(0)):
+        rows, columns, mask = _tile(other, tiles_per_row, num_rows, num_columns, BLOCK_R, BLOCK_C)
         x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
         x_q = round_to_int8(x, inverse)
         store_tile(x_q, same_ptr, transposed_ptr, rows, columns, num_rows, num_columns, mask, SAME, TRANSPOSED)
@@ -375,7 +272,6 @@ def _at_once_kernel(
 @triton.jit
 def _tile(tile, tiles_per_row, num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """Rows, columns and mask of a tile; the only tile of a matrix without elements is masked out."""
-    tiles_per_row = tl.maximum(tiles_per_row, 1)
     rows = (tile // tiles_per_row) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
     columns = (tile % tiles_per_row) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
     return rows, columns, (rows < num_rows)[:, None] & (columns < num_columns)[None, :]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from swcompile.kernels.launch import INTERPRETED, device_facts, resident_programs, triton
-from swcompile.kernels.row_program import Action, RowProgram, Shape, matrix_size
+from swcompile.kernels.row_program import POINTWISE, Action, RowProgram, Shape, matrix_size
 from swcompile.kernels.row_program_source import source
 
 MAX_WARPS_PER_ROW = 16
@@ -22,6 +22,10 @@ MAX_ELEMENTS = 64
 """Of a row that a thread holds at most."""
 MAX_COLUMNS = 32 * MAX_ELEMENTS * MAX_WARPS_PER_ROW
 """The longest row: 32,768 features."""
+MAX_SPILLS = 8
+"""Values of a thread that may lie in memory so that registers suffice for another program."""
+_ELEMENTS_OF_TWO = 40
+"""Of rows that a thread may hold for two programs of 8 warps to fit without being told to."""
 _SUM_COLUMNS, _SUM_ROWS = 16, 256
 """Features that a program of the second kernel adds the sums of the first one's programs for, and of how many at a time.
 
@@ -38,6 +42,8 @@ class RowConfig(NamedTuple):
     """Warps a program, a multiple of `warps_per_row`."""
     adjacent: int = 8
     """Adjacent elements a thread takes of each piece of a row: 8 are one load of 16 bytes."""
+    max_registers: int | None = None
+    """Of a thread, so that a multiprocessor holds two programs; worth it where few values then lie in memory instead."""
 
     @property
     def width(self) -> int:
@@ -62,13 +68,13 @@ def launch(
         inputs: matrices [M, K] with rows contiguous in themselves, columns [M, 1], rows [K], as many as the program has.
         program: what to compute.
         outputs: contiguous tensors, written.
-        config: how; left out, `candidates` has the first word. Nothing is timed: one kernel is compiled for a program.
+        config: how; left out, what `chosen` says. Nothing is timed.
     """
     num_rows, num_columns = matrix_size(inputs, program)
     if config is None:
-        config = candidates(program, num_columns)[0]
         if _pending and (compiling := _pending.pop((program, num_columns, inputs[0].device), None)):
             wait([compiling])  # if it failed, the launch shows how
+        config = chosen(program, num_columns, inputs[0].device)
     pointers: list[Any] = []
     for tensor, value in zip(inputs, program.inputs, strict=True):
         pointers += [tensor, tensor.stride(0)] if value.shape is Shape.MATRIX else [tensor]
@@ -104,13 +110,31 @@ def compile_in_background(program: RowProgram, num_rows: int | None, num_columns
         num_columns: K.
         device: a CUDA device.
     """
-    config = candidates(program, num_columns)[0]
-    _kernels(program, config, num_columns, device)  # imports a module, which is better not done in a thread
+    for config in candidates(program, num_columns):
+        _kernels(program, config, num_columns, device)  # imports a module, which is better not done in a thread
     triton.runtime.driver.active.get_current_target()  # so is this, when it is done for the first time
-    even_rows = num_rows is None or num_rows % config.rows == 0
     key = program, num_columns, device
+
+    def work() -> None:
+        config = chosen(program, num_columns, device)
+        _compile(program, config, num_columns, num_rows is None or num_rows % config.rows == 0, device)
+
     if key not in _pending:
-        _pending[key] = _compilers.submit(_compile, program, config, num_columns, even_rows, device)
+        _pending[key] = _compilers.submit(work)
+
+
+@cache
+def chosen(program: RowProgram, num_columns: int, device: torch.device) -> RowConfig:
+    """The likeliest candidate for a program, but none whose registers suffice for no more than a part of its values."""
+
+    def suffices(config: RowConfig) -> bool:
+        if config.max_registers is None or INTERPRETED:
+            return True
+        compiled = _compile(program, config, num_columns, True, device)
+        compiled._init_handles()  # loads it, and so finds what it spills
+        return bool(compiled.n_spills <= MAX_SPILLS)
+
+    return next(config for config in candidates(program, num_columns) if suffices(config))
 
 
 def _kernels(program: RowProgram, config: RowConfig, num_columns: int, device: torch.device) -> Any:
@@ -145,6 +169,7 @@ def _options(config: RowConfig, num_rows: int, num_columns: int, overlap: bool) 
         "OVERLAP": overlap,
         "num_warps": config.num_warps,
         "enable_fp_fusion": False,  # the quantiser rounds the product before it rounds to an integer
+        "maxnreg": config.max_registers,
     }
 
 
@@ -213,13 +238,17 @@ def candidates(program: RowProgram, num_columns: int) -> list[RowConfig]:
     A thread should hold as many elements as registers last for: about 40 of a program that reads, computes and rounds,
     fewer where each element also has running sums or several results that wait for their scale. Elements beyond the
     end of the row cost as much as others, narrow loads and wide programs a little. With sums, a multiprocessor that
-    holds one program alone idles while that reduces its rows, and longer if its loads are narrow.
+    holds one program alone idles while that reduces its rows, and longer if its loads are narrow. So it does without
+    sums if two results of a long row wait for their scales: if no value waits for another reduction, a limit of
+    registers makes room for a second program.
     """
     sums = len(program.sums)
     results = sum(output.action is Action.QUANTIZE for output in program.outputs)
     matrices = sum(value.shape is Shape.MATRIX for value in program.inputs)
     wanted = 70 / (1.0 + sums + 0.5 * results + 0.5 * matrices) if sums else 50 / (results + 0.25)
+    limited: list[RowConfig] = []
     configs: list[tuple[float, RowConfig]] = []
+    waits = any(step.op not in POINTWISE for step in program.steps)
     for warps_per_row, adjacent in product((1, 2, 4, 8, 16), (8, 4, 2)):
         num_warps = max(warps_per_row, 4)
         config = RowConfig(warps_per_row, num_warps, adjacent)
@@ -233,7 +262,9 @@ def candidates(program: RowProgram, num_columns: int) -> list[RowConfig]:
         if sums and 2 * registers * 32 * num_warps > 65536:
             badness += 2.0 if adjacent == 8 else 5.0
         configs.append((badness, config))
-    return [config for _, config in sorted(configs)[:4]]
+        if num_warps == 8 and elements > _ELEMENTS_OF_TWO and adjacent > 2 and sums + results > 1 and not waits:
+            limited.append(config._replace(max_registers=128))
+    return limited + [config for _, config in sorted(configs)][: 4 - len(limited)]
 
 
 @cache

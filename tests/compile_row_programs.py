@@ -13,7 +13,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from swcompile.kernels.row_program import Action, RowProgram, Shape, parse
 from swcompile.kernels.row_program_source import source
-from swcompile.kernels.row_program_triton import candidates, compile_source, loads_ahead
+from swcompile.kernels.row_program_triton import MAX_SPILLS, candidates, compile_source, loads_ahead
 
 MASKS = """\
 %0: bf16[M, K] = input
@@ -64,12 +64,12 @@ def signature_of(program: RowProgram) -> dict[str, str]:
 
 
 def compile_for(
-    capability: int, kernel: object, types: dict[str, str], constants: dict[str, object], num_warps: int
+    capability: int, kernel: object, types: dict[str, str], constants: dict[str, object], **options: int | None
 ) -> CompiledKernel:
     names = kernel.arg_names
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types if not name.startswith("num")}
     kernel_source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
-    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    options["enable_fp_fusion"] = False
     compiled = triton.compile(kernel_source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.metadata.shared <= SHARED_MEMORY[capability], "more shared memory than there is"
     return compiled
@@ -90,26 +90,28 @@ def main() -> None:
     """Every program at a width that models have; the last line that it prints says that all is well."""
     for name, num_columns in WIDTHS.items():
         program = parse(OWN.get(name) or PROGRAMS[name])
-        config = candidates(program, num_columns)[0]
-        constants = {"K": num_columns, "BLOCK_M": config.rows, "WIDTH": config.width}
-        constants |= {"EVEN_M": True, "EVEN_K": num_columns % config.width == 0}
         for capability in (80, 90):
-            constants["OVERLAP"] = capability >= 90
-            types = signature_of(program)
-            ahead = loads_ahead(program, config, num_columns, SHARED_MEMORY[capability] + 1024)
-            module = compile_source(source(program, triton.cdiv(num_columns, config.width), ahead))
-            compiled = compile_for(capability, module.row_kernel, types, constants, config.num_warps)
-            assert name in OWN or stack_bytes(compiled) == 0, f"{name}: registers spill"
+            for config in candidates(program, num_columns):
+                constants = {"K": num_columns, "BLOCK_M": config.rows, "WIDTH": config.width, "OVERLAP": capability >= 90}
+                constants |= {"EVEN_M": True, "EVEN_K": num_columns % config.width == 0}
+                ahead = loads_ahead(program, config, num_columns, SHARED_MEMORY[capability] + 1024)
+                module = compile_source(source(program, triton.cdiv(num_columns, config.width), ahead))
+                limits = {"num_warps": config.num_warps, "maxnreg": config.max_registers}
+                compiled = compile_for(capability, module.row_kernel, signature_of(program), constants, **limits)
+                spilled = stack_bytes(compiled)
+                if config.max_registers is None or spilled <= 4 * MAX_SPILLS:
+                    break
+            assert name in OWN or config.max_registers or spilled == 0, f"{name}: registers spill"
             lines = compiled.asm["ptx"].splitlines()
             loads = f".v{config.adjacent // 2}", f"0x{2 * config.adjacent:x},"  # to registers, to shared memory
             assert any(
                 ("ld.global" in line and loads[0] in line) or ("cp.async" in line and loads[1] in line) for line in lines
             ), f"{name}: elements are not loaded {config.adjacent} at a time"
-            print(name, capability, "shared memory", compiled.metadata.shared)
+            print(name, capability, tuple(config), "shared memory", compiled.metadata.shared)
         sums = {f"out{n}": POINTERS[o.dtype] for n, o in enumerate(program.outputs) if o.action is Action.SUM_ROWS}
         if sums:
             types = {"partial": "*fp32", **sums, "num_programs": "i32"}
-            compile_for(90, module.sum_kernel, types, {"K": num_columns, "BLOCK_P": 256, "BLOCK_K": 16, "OVERLAP": True}, 4)
+            compile_for(90, module.sum_kernel, types, {"K": num_columns, "BLOCK_P": 256, "BLOCK_K": 16, "OVERLAP": True}, num_warps=4)
     print("all compiled")
 
 

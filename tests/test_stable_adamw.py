@@ -444,7 +444,10 @@ def test_a_step_in_a_cuda_graph_is_the_step(dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 def test_a_step_that_cannot_be_recorded_is_launched(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def fail(self: object, *args: object) -> None:
+    end = torch.cuda.CUDAGraph.capture_end
+
+    def fail(graph: torch.cuda.CUDAGraph) -> None:
+        end(graph)  # the stream is no longer recorded, as when the driver finds no memory for the graph
         raise RuntimeError("no memory")
 
     results = []
