@@ -35,6 +35,11 @@ from swcompile.kernels.scaled_mm_kernels import MatmulConfig
 
 def median_ms(calls: Sequence[Callable[[], Any]], *, num_samples: int = 30) -> float:
     """Median time of a call, taking turns among `calls`, once all are queued: launching is not timed."""
+    return statistics.median(samples_ms(calls, num_samples))
+
+
+def samples_ms(calls: Sequence[Callable[[], Any]], num_samples: int) -> list[float]:
+    """Times of calls, which take turns, once all are queued."""
     for call in islice(cycle(calls), max(3, len(calls))):
         call()
     torch.cuda.synchronize()
@@ -44,7 +49,7 @@ def median_ms(calls: Sequence[Callable[[], Any]], *, num_samples: int = 30) -> f
         event.record()
         call()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in pairwise(events))
+    return [start.elapsed_time(end) for start, end in pairwise(events)]
 
 
 def host_us(call: Callable[[], Any]) -> float:

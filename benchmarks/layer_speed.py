@@ -3,17 +3,19 @@
     python benchmarks/layer_speed.py                                    # the layers of well-known models, 32768 tokens
     python benchmarks/layer_speed.py --sweep --plot runs/layer_speed.png
 
-A sweep goes over widths and numbers of tokens, through both layers of an MLP (width -> 4 x width and back). "Rule" is
-what the cost rule made of the layer, and "of the better" its time against the faster of bf16 and int8.
+A sweep goes over widths and numbers of tokens, through both layers of an MLP (width -> 4 x width and back). It shows
+what the cost rule makes of the layer's two eligible matmuls: each one alone, of a frozen layer, in bf16, in int8 and as
+the rule has it.
 """
 
 import argparse
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_speed import median_ms
+from kernel_speed import median_ms, samples_ms
 from reporting import header, markdown_table, write
 from torch import nn
 
@@ -28,53 +30,69 @@ LAYERS: list[Layer] = [
 WIDTHS = [256, 512, 1024, 1280, 2048, 4096, 8192]
 TOKENS = [256, 1024, 4096, 16384, 32768, 131072]
 EVERYTHING: dict[str, Any] = {"include": "*", "skip_slower": False}
-ROUTES: dict[str, dict[str, Any] | None] = {
-    "bf16": None,
-    "switchback": EVERYTHING,
-    "switchback_full": EVERYTHING | {"recipe": "switchback_full"},
-    "rule": {"include": "*"},
-}
-"""Name -> options of the backend; None is Inductor."""
+INT8 = "switchback", EVERYTHING
+FULL = "switchback_full", EVERYTHING | {"recipe": "switchback_full"}
+"""A name, and options of the backend."""
+RULE: dict[str, Any] = {"include": "*"}
+RULE_COLUMNS = {"x": ".2f", "rule": "", "of the better": ".2f"}
+ROLES = swcompile.Role.OUTPUT, swcompile.Role.GRAD_INPUT
 
 
-def make_step(layer: nn.Linear, x: torch.Tensor, gradient: torch.Tensor, options: dict[str, Any] | None) -> Callable[[], None]:
-    """Forward and backward of a layer, compiled."""
+def compiled(layer: nn.Linear, options: dict[str, Any] | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A layer, compiled; without options by Inductor alone."""
     torch._dynamo.reset()
     backend = "inductor" if options is None else "switchback"
-    compiled = torch.compile(layer, backend=backend, options=options, fullgraph=True, dynamic=False)
+    return torch.compile(layer, backend=backend, options=options, fullgraph=True, dynamic=False)
+
+
+def training_ms(
+    layer: nn.Linear, x: torch.Tensor, gradient: torch.Tensor, options: dict[str, Any] | None
+) -> float:
+    """Milliseconds of forward and backward."""
+    forward = compiled(layer, options)
 
     def step() -> None:
         x.grad = layer.weight.grad = None
-        compiled(x).backward(gradient)
+        forward(x).backward(gradient)
 
-    return step
+    return median_ms([step])
 
 
-def measure(shape: Layer, device: str) -> dict[str, Any]:
-    """A row: milliseconds of each route, and what they say."""
+def role_ms(
+    layer: nn.Linear, x: torch.Tensor, gradient: torch.Tensor, options: dict[str, Any] | None
+) -> list[float]:
+    """Milliseconds of the forward and of the backward of a frozen layer: of `output` and of `grad_input`."""
+    frozen, results = compiled(layer, options), []
+
+    def forward() -> None:
+        x.grad = None
+        results.append(frozen(x))
+
+    samples = samples_ms([forward, lambda: results.pop().backward(gradient)], 60)
+    return [statistics.median(samples[start::2]) for start in range(2)]
+
+
+def measure(shape: Layer, routes: Sequence[tuple[str, dict[str, Any]]], *, apart: bool) -> dict[str, Any]:
+    """A row: milliseconds of each route and its speed-up over bf16; with `apart` also what the rule made of each matmul."""
     num_in, num_out, tokens = shape
     torch.manual_seed(0)
-    layer = nn.Linear(num_in, num_out, bias=False, device=device, dtype=torch.bfloat16)
-    x = torch.randn(tokens, num_in, device=device, dtype=torch.bfloat16, requires_grad=True)
-    gradient = torch.randn(tokens, num_out, device=device, dtype=torch.bfloat16)
+    layer = nn.Linear(num_in, num_out, bias=False, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(tokens, num_in, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    gradient = torch.randn(tokens, num_out, device="cuda", dtype=torch.bfloat16)
     row: dict[str, Any] = {"layer": f"{num_in} -> {num_out}", "tokens": tokens}
-    for name, options in ROUTES.items():
-        step = make_step(layer, x, gradient, options)
-        for _ in range(3):
-            step()
-        row[name] = median_ms([step])
-        if name == "rule":
-            row["rewritten"] = swcompile.reports()[-1].num_rewritten()
-    return row | verdict(row)
-
-
-def verdict(row: dict[str, Any]) -> dict[str, float]:
-    """Speed-ups over bf16, and the cost rule's time against that of the better of both."""
-    return {
-        "int8": row["bf16"] / row["switchback"],
-        "full": row["bf16"] / row["switchback_full"],
-        "of the better": min(row["bf16"], row["switchback"]) / row["rule"],
-    }
+    row["bf16"] = training_ms(layer, x, gradient, None)
+    for name, options in routes:
+        row[name] = training_ms(layer, x, gradient, options)
+        row[f"{name} x"] = row["bf16"] / row[name]
+    if apart:
+        layer.requires_grad_(False)
+        plain, int8, rule = (role_ms(layer, x, gradient, options) for options in (None, EVERYTHING, RULE))
+        report = swcompile.reports()[-1]
+        for i, role in enumerate(ROLES):
+            row[f"{role.value} x"] = plain[i] / int8[i]
+            row[f"{role.value} rule"] = "int8" if report.num_rewritten(role) else "bf16"
+            row[f"{role.value} of the better"] = min(plain[i], int8[i]) / rule[i]
+    return row
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -93,18 +111,29 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 bf16, int8 = times.get(width, (0.0, 0.0))
                 times[width] = bf16 + row["bf16"], int8 + row["switchback"]
         widths = sorted(times)
-        axes.plot(widths, [times[width][0] / times[width][1] for width in widths], marker="o", label=f"{tokens:,} tokens")
+        axes.plot(
+            widths,
+            [times[width][0] / times[width][1] for width in widths],
+            marker="o",
+            label=f"{tokens:,} tokens",
+        )
     axes.axhline(1.0, color="gray", linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.set_xticks(widths, [str(width) for width in widths])
-    axes.set(xlabel="width", ylabel="times as fast as bf16", title="SwitchBack: both linear layers of an MLP, forward and backward")
+    axes.set(
+        xlabel="width",
+        ylabel="times as fast as bf16",
+        title="SwitchBack: both linear layers of an MLP, forward and backward",
+    )
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sweep", action="store_true", help="over widths and tokens")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="of a sweep")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="of a sweep")
@@ -115,22 +144,29 @@ def main() -> None:
         parser.error("needs a CUDA device")
     if args.plot and not args.sweep:
         parser.error("--plot shows a sweep: give --sweep, too")
-    shapes = LAYERS
     if args.sweep:
         pairs = [(width, tokens) for width in args.widths for tokens in args.tokens]
-        shapes = [shape for width, tokens in pairs for shape in ((width, 4 * width, tokens), (4 * width, width, tokens))]
+        shapes = [
+            shape
+            for width, tokens in pairs
+            for shape in ((width, 4 * width, tokens), (4 * width, width, tokens))
+        ]
+        routes = [INT8]
+    else:
+        shapes, routes = LAYERS, [INT8, FULL]
     rows = []
     for shape in shapes:
-        rows.append(measure(shape, "cuda"))
+        rows.append(measure(shape, routes, apart=args.sweep))
         print(rows[-1], flush=True)
         torch.cuda.empty_cache()
-    columns = {"layer": "", "tokens": "", "bf16": ".3f", "switchback": ".3f", "switchback_full": ".3f", "rule": ".3f"}
-    columns |= {"int8": ".2f", "full": ".2f", "rewritten": "", "of the better": ".2f"}
-    text = [
-        header("One linear layer: forward and backward"),
-        "Milliseconds, and times as fast as bf16 (int8: switchback; full: switchback_full); rule: what the cost rule chose.",
-        markdown_table(rows, columns),
-    ]
+    columns = {"layer": "", "tokens": "", "bf16": ".3f"}
+    for name, _ in routes:
+        columns |= {name: ".3f", f"{name} x": ".2f"}
+    note = "Milliseconds, and times as fast as bf16 (x)."
+    if args.sweep:
+        columns |= {f"{role.value} {what}": form for role in ROLES for what, form in RULE_COLUMNS.items()}
+        note += " Of each matmul alone: how much faster int8 is, what the rule chose, and its time against that of the better."
+    text = [header("One linear layer: forward and backward"), note, markdown_table(rows, columns)]
     print("\n\n".join(text))
     write(text, args.output)
     if args.plot:
