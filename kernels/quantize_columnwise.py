@@ -137,12 +137,11 @@ class ColumnConfig(NamedTuple):
 
 
 CANDIDATES = [
+    ColumnConfig(128, 64, 8, 2),
     ColumnConfig(128, 64, 4, 2),
     ColumnConfig(128, 64, 4, 1),
-    ColumnConfig(128, 64, 4, 4),
     ColumnConfig(64, 128, 4, 2),
     ColumnConfig(64, 128, 4, 4),
-    ColumnConfig(256, 64, 8, 1),
 ]
 _LEAD = 2
 """How many items the first pass is ahead, for each multiprocessor: enough to wait for none, few enough for the L2 cache."""

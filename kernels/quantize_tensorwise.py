@@ -248,8 +248,8 @@ def _quantize_tiles_kernel(
     """Program p: int8 of tiles p, p + P, p + 2 P, ... of P programs, counted from the end: what was read last is cached."""
     tiles_per_row = tl.maximum(tl.cdiv(num_columns, BLOCK_C), 1)
     num_tiles = tl.maximum(tl.cdiv(num_rows, BLOCK_R), 1) * tiles_per_row
-    tile = num_tiles - 1 - tl.program_id(0)
-    rows, columns, mask = _tile(tile, tiles_per_row, num_rows, num_columns, BLOCK_R, BLOCK_C)
+    first = tl.program_id(0)
+    rows, columns, mask = _tile(num_tiles - 1 - first, tiles_per_row, num_rows, num_columns, BLOCK_R, BLOCK_C)
     if LOADS_EARLY:
         x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
     if OVERLAP:
@@ -262,8 +262,8 @@ def _quantize_tiles_kernel(
         x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
     x_q = round_to_int8(x, inverse)
     store_tile(x_q, same_ptr, transposed_ptr, rows, columns, num_rows, num_columns, mask, SAME, TRANSPOSED)
-    for other in tl.range(tile - tl.num_programs(0), -1, -tl.num_programs(0)):
-        rows, columns, mask = _tile(other, tiles_per_row, num_rows, num_columns, BLOCK_R, BLOCK_C)
+    for before in tl.range(first + tl.num_programs(0), num_tiles, tl.num_programs(0)):
+        rows, columns, mask = _tile(num_tiles - 1 - before, tiles_per_row, num_rows, num_columns, BLOCK_R, BLOCK_C)
         x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
         x_q = round_to_int8(x, inverse)
         store_tile(x_q, same_ptr, transposed_ptr, rows, columns, num_rows, num_columns, mask, SAME, TRANSPOSED)
