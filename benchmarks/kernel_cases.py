@@ -180,12 +180,11 @@ def _launch_rowwise(config: RowwiseConfig, x: torch.Tensor) -> None:
 
 
 def _launch_tensorwise(config: TileConfig, x: torch.Tensor, *, same: bool, transposed: bool) -> None:
-    partial_P = torch.empty(quantize_tensorwise.MAX_PARTIALS, dtype=torch.int32, device="cuda")
     outputs = (torch.empty(shape, dtype=torch.int8, device="cuda") for shape in (x.shape, x.t().shape))
     x_q, x_q_t = (
         output if wanted else None for output, wanted in zip(outputs, (same, transposed), strict=True)
     )
-    quantize_tensorwise.launch(config, x, partial_P, x_q, x_q_t, torch.empty((1, 1), device="cuda"))
+    quantize_tensorwise.launch(config, x, x_q, x_q_t, torch.empty((1, 1), device="cuda"))
 
 
 def _launch_columnwise(config: Any, x: torch.Tensor) -> None:

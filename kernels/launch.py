@@ -76,7 +76,8 @@ def device_facts(device: torch.device) -> DeviceFacts:
 def resident_programs(compiled: Any, num_warps: int, device: torch.device) -> int:
     """How many programs of a compiled Triton kernel a CUDA device holds at once, by its registers and shared memory."""
     facts = device_facts(device)
-    compiled._init_handles()  # loads it, and so finds its registers
+    with torch.cuda.device(device):
+        compiled._init_handles()  # loads it, and so finds its registers
     registers = -(-max(compiled.n_regs, 1) // 8) * 8
     threads = 32 * num_warps
     each = min(65536 // (registers * threads), facts.max_threads // threads)

@@ -86,13 +86,16 @@ def quantize_columnwise_transpose_reference(x_NK: torch.Tensor) -> tuple[torch.T
 
 
 def quantize_columnwise_transpose_work(num_rows: int, num_columns: int, itemsize: int) -> Work:
-    """One comparison and one multiplication an element; x read twice, as its last row may hold the absmax."""
+    """One comparison and one multiplication an element; x read twice, as its last row may hold the absmax.
+
+    Much of the second reading is from the L2 cache, if that holds two blocks of columns.
+    """
     num_elements = num_rows * num_columns
     return Work(flops=2 * num_elements, bytes=num_elements * (2 * itemsize + 1) + 4 * num_columns)
 
 
 def quantize_columnwise_transpose_triton(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_columnwise_transpose` by the Triton kernels: what the op does on CUDA."""
+    """`quantize_columnwise_transpose` by the Triton kernel: what the op does on CUDA."""
     check_quantizer_input("quantize_columnwise_transpose", x_NK)
     num_rows, num_columns = x_NK.shape
     if (x_NK.stride(0) == 1 and x_NK.stride(1) != 1) or num_rows == 0:  # stored as its transpose
@@ -103,7 +106,7 @@ def quantize_columnwise_transpose_triton(x_NK: torch.Tensor) -> tuple[torch.Tens
 
 
 def quantize_columnwise_transpose_e4m3_triton(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_columnwise_transpose_e4m3` by the Triton kernels: what the op does on CUDA."""
+    """`quantize_columnwise_transpose_e4m3` by the Triton kernel: what the op does on CUDA."""
     check_quantizer_input("quantize_columnwise_transpose_e4m3", x_NK)
     num_rows, num_columns = x_NK.shape
     x_q_KP = torch.empty((num_columns, padded(num_rows)), dtype=E4M3.dtype, device=x_NK.device)
@@ -144,7 +147,7 @@ CANDIDATES = [
     ColumnConfig(64, 128, 4, 4),
 ]
 _LEAD = 2
-"""How many items the first pass is ahead, for each multiprocessor: enough to wait for none, few enough for the L2 cache."""
+"""How many items the first pass is ahead, for each multiprocessor: enough that few programs wait, few enough for the L2 cache."""
 
 
 def launch(config: ColumnConfig, x_NK: torch.Tensor, x_q: torch.Tensor, scale_K1: torch.Tensor) -> None:
@@ -176,7 +179,7 @@ def launch(config: ColumnConfig, x_NK: torch.Tensor, x_q: torch.Tensor, scale_K1
 _INT8_MAX_VALUE = tl.constexpr(INT8.max_value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lead"])
 def _quantize_columns_kernel(
     x_ptr,
     meeting_ptr,

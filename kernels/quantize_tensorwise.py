@@ -106,10 +106,10 @@ class TileConfig(NamedTuple):
     num_warps: int
     loads_early: bool = False
     """The first tile is loaded before the scale is known: worth its registers where a program has one tile."""
+    max_partials: int = 256
+    """Programs of the first kernel at most, a power of two: each program of the second takes the maximum of what all found."""
 
 
-MAX_PARTIALS = 256
-"""Programs of the first kernel at most: each program of the second one takes the maximum of all their results."""
 CANDIDATES = [
     TileConfig(64, 128, 4, loads_early=True),
     TileConfig(64, 128, 4),
@@ -117,6 +117,8 @@ CANDIDATES = [
     TileConfig(64, 64, 4),
     TileConfig(128, 128, 8),
     TileConfig(128, 128, 4),
+    TileConfig(64, 128, 4, loads_early=True, max_partials=512),
+    TileConfig(128, 128, 8, max_partials=512),
 ]
 
 
@@ -135,10 +137,9 @@ def _quantize(
         (num_columns, num_rows) if transposed else (0,), dtype=torch.int8, device=x_NK.device
     )
     scale_11 = torch.empty((1, 1), dtype=torch.float32, device=x_NK.device)
-    partial = torch.empty(MAX_PARTIALS, dtype=torch.int32, device=x_NK.device)
 
     def run(config: TileConfig) -> None:
-        launch(config, x_NK, partial, x_q_NK if same else None, x_q_KN if transposed else None, scale_11)
+        launch(config, x_NK, x_q_NK if same else None, x_q_KN if transposed else None, scale_11)
 
     key = (bucket(num_rows), num_columns, x_NK.dtype, same, transposed)
     run(TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device))
@@ -148,7 +149,6 @@ def _quantize(
 def launch(
     config: TileConfig,
     x_RC: torch.Tensor,
-    partial_P: torch.Tensor,
     same_RC: torch.Tensor | None,
     transposed_CR: torch.Tensor | None,
     scale_11: torch.Tensor,
@@ -160,9 +160,10 @@ def launch(
     # The second kernel is launched while the first one runs, and waits inside (programmatic dependent launch).
     overlap = {"launch_pdl": True} if x_RC.is_cuda and facts.capability >= (9, 0) else {}
     num_absmax_tiles = triton.cdiv(num_rows, _ABSMAX_BLOCK_R) * triton.cdiv(num_columns, _ABSMAX_BLOCK_C)
+    partial_P = torch.empty(config.max_partials, dtype=torch.int32, device=x_RC.device)
     num_partials = 0
     if num_absmax_tiles:
-        num_partials = triton.cdiv(num_absmax_tiles, triton.cdiv(num_absmax_tiles, MAX_PARTIALS))  # as many tiles each
+        num_partials = triton.cdiv(num_absmax_tiles, triton.cdiv(num_absmax_tiles, config.max_partials))  # as many tiles each
         _absmax_kernel[(num_partials,)](
             x_RC,
             partial_P,
@@ -186,7 +187,7 @@ def launch(
         x_RC.stride(0),
         BLOCK_R=config.rows,
         BLOCK_C=config.columns,
-        MAX_PARTIALS=partial_P.shape[0],
+        MAX_PARTIALS=config.max_partials,
         SAME=same_RC is not None,
         TRANSPOSED=transposed_CR is not None,
         LOADS_EARLY=config.loads_early,
@@ -247,7 +248,7 @@ def _quantize_tiles_kernel(
 ):
     """Program p: int8 of tiles p, p + P, p + 2 P, ... of P programs, counted from the end: what was read last is cached."""
     tiles_per_row = tl.maximum(tl.cdiv(num_columns, BLOCK_C), 1)
-    num_tiles = tl.maximum(tl.cdiv(num_rows, BLOCK_R), 1) * tiles_per_row
+    num_tiles = tl.maximum(tl.cdiv(num_rows, BLOCK_R) * tl.cdiv(num_columns, BLOCK_C), 1)
     first = tl.program_id(0)
     rows, columns, mask = _tile(num_tiles - 1 - first, tiles_per_row, num_rows, num_columns, BLOCK_R, BLOCK_C)
     if LOADS_EARLY:

@@ -24,8 +24,8 @@ MAX_COLUMNS = 32 * MAX_ELEMENTS * MAX_WARPS_PER_ROW
 """The longest row: 32,768 features."""
 MAX_SPILLS = 8
 """Values of a thread that may lie in memory so that registers suffice for another program."""
-_ELEMENTS_OF_TWO = 40
-"""Of rows that a thread may hold for two programs of 8 warps to fit without being told to."""
+_ELEMENTS_OF_TWO = range(41, 57)
+"""Of a row that a thread holds where two programs of 8 warps fit, but only if they are told to."""
 _SUM_COLUMNS, _SUM_ROWS = 16, 256
 """Features that a program of the second kernel adds the sums of the first one's programs for, and of how many at a time.
 
@@ -112,6 +112,8 @@ def compile_in_background(program: RowProgram, num_rows: int | None, num_columns
     """
     for config in candidates(program, num_columns):
         _kernels(program, config, num_columns, device)  # imports a module, which is better not done in a thread
+        if config.max_registers is None:  # `chosen` looks no further
+            break
     triton.runtime.driver.active.get_current_target()  # so is this, when it is done for the first time
     key = program, num_columns, device
 
@@ -131,8 +133,8 @@ def chosen(program: RowProgram, num_columns: int, device: torch.device) -> RowCo
         if config.max_registers is None or INTERPRETED:
             return True
         compiled = _compile(program, config, num_columns, True, device)
-        compiled._init_handles()  # loads it, and so finds what it spills
-        return bool(compiled.n_spills <= MAX_SPILLS)
+        two = 2 * device_facts(device).num_multiprocessors
+        return resident_programs(compiled, config.num_warps, device) >= two and compiled.n_spills <= MAX_SPILLS
 
     return next(config for config in candidates(program, num_columns) if suffices(config))
 
@@ -262,7 +264,7 @@ def candidates(program: RowProgram, num_columns: int) -> list[RowConfig]:
         if sums and 2 * registers * 32 * num_warps > 65536:
             badness += 2.0 if adjacent == 8 else 5.0
         configs.append((badness, config))
-        if num_warps == 8 and elements > _ELEMENTS_OF_TWO and adjacent > 2 and sums + results > 1 and not waits:
+        if num_warps == 8 and elements in _ELEMENTS_OF_TWO and adjacent > 2 and sums + results > 1 and not waits:
             limited.append(config._replace(max_registers=128))
     return limited + [config for _, config in sorted(configs)][: 4 - len(limited)]
 

@@ -41,10 +41,10 @@ MANY_WIDE_INPUTS = (
 OWN = {"masks": MASKS, "many wide inputs": MANY_WIDE_INPUTS}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes that a program may have, by compute capability; a multiprocessor has 1 KB more."""
-WIDTHS = {
-    "layer_norm": 1280, "layer_norm_backward": 1280, "rms_norm_backward": 4096, "gelu": 5120, "gelu_backward": 5120,
-    "swiglu": 14336, "swiglu_backward": 14336, "masks": 1280, "many wide inputs": 16384,
-}  # fmt: skip
+WIDTHS = [
+    ("layer_norm", 1280), ("layer_norm_backward", 1280), ("rms_norm_backward", 4096), ("gelu", 5120), ("gelu_backward", 5120),
+    ("gelu_backward", 14336), ("swiglu", 14336), ("swiglu_backward", 14336), ("masks", 1280), ("many wide inputs", 16384),
+]  # fmt: skip
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1"}
 
 
@@ -88,7 +88,7 @@ def stack_bytes(compiled: CompiledKernel) -> int:
 
 def main() -> None:
     """Every program at a width that models have; the last line that it prints says that all is well."""
-    for name, num_columns in WIDTHS.items():
+    for name, num_columns in WIDTHS:
         program = parse(OWN.get(name) or PROGRAMS[name])
         for capability in (80, 90):
             for config in candidates(program, num_columns):

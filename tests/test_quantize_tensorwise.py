@@ -6,7 +6,6 @@ import torch
 from swcompile.kernels import quantize_tensorwise as module
 from swcompile.kernels.quantize_tensorwise import (
     CANDIDATES,
-    MAX_PARTIALS,
     QUANTIZE_TENSORWISE,
     QUANTIZE_TENSORWISE_BOTH,
     QUANTIZE_TENSORWISE_TRANSPOSE,
@@ -133,7 +132,7 @@ def launch_config(config: TileConfig, x: torch.Tensor, op: str) -> tuple[torch.T
     same = torch.full(x.shape, -1, dtype=torch.int8, device=x.device) if op != OPS[1] else None
     transposed = torch.full(x.t().shape, -1, dtype=torch.int8, device=x.device) if op != OPS[0] else None
     scale = torch.full((1, 1), -1.0, device=x.device)
-    launch(config, x, torch.empty(MAX_PARTIALS, dtype=torch.int32, device=x.device), same, transposed, scale)
+    launch(config, x, same, transposed, scale)
     return tuple(t for t in (same, transposed, scale) if t is not None)
 
 
