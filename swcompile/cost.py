@@ -124,8 +124,8 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     other_rows = m + n - weight_rows
 
     multiply = scaled_mm_work(m, n, k, itemsize)
-    # An operand with one scale, or with scales for what is not summed over, is read twice and takes two kernels: for its
-    # absmax and to round, or to fill with zeros what the maxima of columns begin at and for all else.
+    # An operand with one scale, or with scales for what is not summed over, is read twice, and takes two kernels: one for
+    # its absmax and one that rounds; by columns, one that sets the maxima to zero and one that does the rest.
     activation_kernels, weight_kernels = 1, 2 if gemm.weight is Scaling.TENSOR else 1
     if matmul.role is Role.GRAD_WEIGHT:
         activation_kernels = weight_kernels = 2
