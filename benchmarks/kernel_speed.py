@@ -31,6 +31,7 @@ from reporting import header, markdown_table, write
 from triton.errors import TritonError
 
 from swcompile.kernels.scaled_mm_kernels import MatmulConfig
+from swcompile.kernels.timing import queue_ahead
 
 
 def median_ms(calls: Sequence[Callable[[], Any]], *, num_samples: int = 30) -> float:
@@ -42,13 +43,15 @@ def samples_ms(calls: Sequence[Callable[[], Any]], num_samples: int) -> list[flo
     """Times of calls, which take turns, once all are queued."""
     for call in islice(cycle(calls), max(3, len(calls))):
         call()
-    torch.cuda.synchronize()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(num_samples + 1)]
-    torch.cuda._sleep(30_000_000)  # some 15 ms: longer than the host takes to queue all calls
-    for event, call in zip(events, cycle(calls), strict=False):
-        event.record()
-        call()
-    torch.cuda.synchronize()
+
+    def queue() -> torch.cuda.Event:
+        for event, call in zip(events, cycle(calls), strict=False):
+            event.record()
+            call()
+        return events[0]
+
+    queue_ahead(queue)
     return [start.elapsed_time(end) for start, end in pairwise(events)]
 
 

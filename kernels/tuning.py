@@ -18,6 +18,7 @@ import torch
 
 from swcompile.kernels.launch import HAS_TRITON, device_facts, triton
 from swcompile.kernels.measurements import MeasurementFile
+from swcompile.kernels.timing import queue_ahead
 
 
 class ConfigLike(Hashable, Protocol):
@@ -49,8 +50,7 @@ def bucket(size: int) -> int:
 def measure_ms(run: Callable[[], object]) -> float:
     """Median time of `run` on the current CUDA stream in milliseconds, of a few calls after a warm-up.
 
-    Each call finds the L2 cache full of something else, as a training step leaves it. The device sleeps first while
-    the host queues the calls: launches would else be timed instead of short kernels.
+    Each call finds the L2 cache full of something else, as a training step leaves it.
     """
     run()
     others = torch.empty(
@@ -59,14 +59,16 @@ def measure_ms(run: Callable[[], object]) -> float:
         device="cuda",
     )
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(11)]
-    torch.cuda.synchronize()
-    torch.cuda._sleep(10_000_000)
-    for start, end in pairs:
-        others.zero_()
-        start.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
+
+    def queue() -> torch.cuda.Event:
+        for start, end in pairs:
+            others.zero_()
+            start.record()
+            run()
+            end.record()
+        return pairs[0][0]
+
+    queue_ahead(queue)
     return statistics.median(start.elapsed_time(end) for start, end in pairs)
 
 

@@ -30,6 +30,7 @@ from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE, quantize_rowwis
 from swcompile.kernels.quantize_tensorwise import quantize_tensorwise_work
 from swcompile.kernels.scaled_mm import SCALED_MM, scaled_mm_work
 from swcompile.kernels.scaled_mm_e4m3 import SCALED_MM_E4M3
+from swcompile.kernels.timing import queue_ahead
 from swcompile.kernels.tuning import bucket
 from swcompile.pipeline import source_fingerprint
 from swcompile.recipe import GemmFormat, Role, Scaling
@@ -297,23 +298,27 @@ def _gpu_seconds(run: Callable[[], object], repeats: int = 20) -> float:
     """Device time of a call among equals, all of them queued before the first one starts."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     run()
-    torch.cuda.synchronize()
-    torch.cuda._sleep(10_000_000)
-    start.record()
-    for _ in range(repeats):
-        run()
-    end.record()
-    torch.cuda.synchronize()
+
+    def queue() -> torch.cuda.Event:
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        return start
+
+    queue_ahead(queue)
     return start.elapsed_time(end) / 1e3 / repeats
 
 
-def _host_seconds(run: Callable[[], object], repeats: int = 50) -> float:
-    """Host time of a call; the device is done sooner."""
+def _host_seconds(run: Callable[[], object], repeats: int = 10) -> float:
+    """Host time of a call, the shortest of a few timings, as other programs keep the host busy; the device is done sooner."""
     run()
+    times = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        times.append(time.perf_counter() - start)
     torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    elapsed = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return elapsed / repeats
+    return min(times) / repeats
