@@ -134,6 +134,7 @@ def main() -> None:
         parser.error("needs a CUDA device")
     copy = copy_gb_s()
     text = [header("Optimizer step"), f"Copy bandwidth {copy:.0f} GB/s; the floor is 28 bytes a parameter, AdamW's."]
+    print("\n\n".join(text), flush=True)
     for name in args.workloads:
         num_elements = sum(torch.Size(shape).numel() for shape in WORKLOADS[name]())
         rows = measure(name, args.rounds, 28 * num_elements / copy / 1e6)

@@ -106,10 +106,10 @@ class TileConfig(NamedTuple):
     num_warps: int
     loads_early: bool = False
     """The first tile is loaded before the scale is known: worth its registers where a program has one tile."""
-    max_partials: int = 256
-    """Programs of the first kernel at most, a power of two: each program of the second takes the maximum of what all found."""
 
 
+MAX_PARTIALS = 256
+"""Programs of the first kernel at most: each program of the second one takes the maximum of all their results."""
 CANDIDATES = [
     TileConfig(64, 128, 4, loads_early=True),
     TileConfig(64, 128, 4),
@@ -117,8 +117,6 @@ CANDIDATES = [
     TileConfig(64, 64, 4),
     TileConfig(128, 128, 8),
     TileConfig(128, 128, 4),
-    TileConfig(64, 128, 4, loads_early=True, max_partials=512),
-    TileConfig(128, 128, 8, max_partials=512),
 ]
 
 
@@ -160,10 +158,10 @@ def launch(
     # The second kernel is launched while the first one runs, and waits inside (programmatic dependent launch).
     overlap = {"launch_pdl": True} if x_RC.is_cuda and facts.capability >= (9, 0) else {}
     num_absmax_tiles = triton.cdiv(num_rows, _ABSMAX_BLOCK_R) * triton.cdiv(num_columns, _ABSMAX_BLOCK_C)
-    partial_P = torch.empty(config.max_partials, dtype=torch.int32, device=x_RC.device)
+    partial_P = torch.empty(MAX_PARTIALS, dtype=torch.int32, device=x_RC.device)
     num_partials = 0
     if num_absmax_tiles:
-        num_partials = triton.cdiv(num_absmax_tiles, triton.cdiv(num_absmax_tiles, config.max_partials))  # as many tiles each
+        num_partials = triton.cdiv(num_absmax_tiles, triton.cdiv(num_absmax_tiles, MAX_PARTIALS))  # as many tiles each
         _absmax_kernel[(num_partials,)](
             x_RC,
             partial_P,
@@ -187,7 +185,7 @@ def launch(
         x_RC.stride(0),
         BLOCK_R=config.rows,
         BLOCK_C=config.columns,
-        MAX_PARTIALS=config.max_partials,
+        MAX_PARTIALS=MAX_PARTIALS,
         SAME=same_RC is not None,
         TRANSPOSED=transposed_CR is not None,
         LOADS_EARLY=config.loads_early,
