@@ -70,6 +70,15 @@ class Candidate(NamedTuple):
     """The activation is quantised in the kernel that computes it, which then only writes int8 in addition."""
 
 
+class Prediction(NamedTuple):
+    """What a rewrite of one matmul is worth."""
+
+    speedup: float
+    """Time of the original over that in 8 bit with its quantisation."""
+    launches_decide: bool = False
+    """8 bit is faster on the device, but the host takes longer to launch it."""
+
+
 class _Times(NamedTuple):
     """Seconds that a matmul takes, as it is and in 8 bit with its quantisation."""
 
@@ -78,11 +87,16 @@ class _Times(NamedTuple):
     original_host: float
     quantized_host: float
 
+    def with_launches(self) -> Prediction:
+        """What counts where the host is the bottleneck."""
+        speedup = max(self.original, self.original_host) / max(self.quantized, self.quantized_host)
+        return Prediction(speedup, launches_decide=speedup < 1 <= self.original / self.quantized)
+
 
 def predict_speedups(
     candidates: Sequence[Candidate], others: Sequence[Matmul] = (), *, rates: DeviceRates | None = None
-) -> list[float]:
-    """Predicted time of each original matmul over that in 8 bit with its quantisation.
+) -> list[Prediction]:
+    """How much faster each matmul would be in 8 bit.
 
     Device time decides as long as the device is the bottleneck. Where the host would take longer to launch the
     matmuls of this graph than the device to run them (and no CUDA graph launches them), the longer of both counts.
@@ -97,8 +111,8 @@ def predict_speedups(
     device = sum(t.quantized for t in times) + sum(seconds for seconds, _ in rest)
     host = sum(t.quantized_host for t in times) + sum(seconds for _, seconds in rest)
     if host <= device or inductor_config.triton.cudagraphs:
-        return [t.original / t.quantized for t in times]
-    return [max(t.original, t.original_host) / max(t.quantized, t.quantized_host) for t in times]
+        return [Prediction(t.original / t.quantized) for t in times]
+    return [t.with_launches() for t in times]
 
 
 def _original(matmul: Matmul, rates: DeviceRates | None) -> tuple[float, float]:

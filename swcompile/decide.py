@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from swcompile import graph as facts
+from swcompile.cost import Prediction
 from swcompile.graph import Matmul
 from swcompile.kernels.formats import INT8
 from swcompile.kernels.scaled_mm import MAX_K, OUTPUT_DTYPES
@@ -64,13 +65,15 @@ def decide(
     return dataclasses.replace(kept, rewritten=True, number_format=gemm.number_format.name, reason=_describe(gemm))
 
 
-def weigh(decision: Decision, speedup: float, *, asked: bool) -> Decision:
+def weigh(decision: Decision, prediction: Prediction, *, asked: bool) -> Decision:
     """Take a decision back where 8 bit would be slower."""
-    if speedup >= 1:
-        return dataclasses.replace(decision, speedup=speedup)
-    reason = f"{decision.number_format} would be slower: predicted {speedup:.2f} times as fast"
-    kept = dataclasses.replace(decision, rewritten=False, number_format=None, reason=reason)
-    return dataclasses.replace(kept, speedup=speedup, violation=asked)
+    decision = dataclasses.replace(decision, speedup=prediction.speedup)
+    if prediction.speedup >= 1:
+        return decision
+    reason = f"{decision.number_format} would be slower: predicted {prediction.speedup:.2f} times as fast"
+    if prediction.launches_decide:
+        reason += ", for the time to launch it (none in a CUDA graph: mode='reduce-overhead')"
+    return dataclasses.replace(decision, rewritten=False, number_format=None, reason=reason, violation=asked)
 
 
 def _no_weight(matmul: Matmul, recipe: Recipe, alone: Mapping[fx.Node, frozenset[str]]) -> tuple[str, bool]:

@@ -204,6 +204,8 @@ def test_explain_takes_the_options_that_concern_inductor(monkeypatch: pytest.Mon
     for mode, in_int8 in ((None, 0), ("default", 0), ("reduce-overhead", 4)):
         report = swcompile.explain(model, x, mode=mode, inductor={"joint_custom_pre_pass": graphs.append})
         assert report.num_rewritten(Role.OUTPUT) == in_int8
+        reasons = [d.reason for d in report.decisions if d.role is Role.OUTPUT and d.speedup is not None and not d.rewritten]
+        assert len(reasons) == 4 - in_int8 and all("time to launch" in reason for reason in reasons)
     assert len(graphs) == 3
 
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,6 +179,12 @@ def test_the_second_gpu_is_measured_where_the_first_is_current() -> None:
         rates = cost._measure(torch.device("cuda", 1), torch.bfloat16, number_format)
         assert rates.kernel < 1e-3 and rates.quantized_matmul > rates.matmul > 1e13
     assert torch.cuda.current_device() == 0
+
+
+def test_a_host_that_is_busy_for_a_while_is_measured_when_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = itertools.count()
+    assert cost._host_seconds(lambda: time.sleep(2e-3 if next(calls) < 40 else 0)) < 1e-3
 
 
 def test_an_activation_that_its_own_kernel_quantises_costs_the_bytes_of_int8(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
 import swcompile
 from swcompile import Decision, Role, Scaling, format_graph, joint_passes, make_recipe
+from swcompile.cost import Prediction
 from swcompile.kernels.quantize_columnwise import QUANTIZE_COLUMNWISE_TRANSPOSE, padded
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
 from swcompile.kernels.quantize_tensorwise import QUANTIZE_TENSORWISE, QUANTIZE_TENSORWISE_TRANSPOSE
@@ -233,11 +234,11 @@ class Projections(nn.Module):
 def test_a_prediction_decides_where_slower_ones_are_skipped(ratio: float) -> None:
     seen: dict[Any, int] = {}
 
-    def predict(candidates: Sequence[Any], others: Sequence[Any]) -> list[float]:
+    def predict(candidates: Sequence[Any], others: Sequence[Any]) -> list[Prediction]:
         seen.update({(c.matmul.parameter, c.matmul.role): c.sharers for c in candidates})
         assert {c.gemm.weight for c in candidates} == {Scaling.TENSOR}
         assert [m.role for m in others] == [Role.GRAD_WEIGHT] * 4
-        return [ratio] * len(candidates)
+        return [Prediction(ratio)] * len(candidates)
 
     for include, asked in ((None, False), ("*", True)):
         graph = swcompile.capture(Projections(), x_of()).graph
@@ -266,10 +267,10 @@ def test_an_activation_that_autocast_casts_for_each_reader_is_quantised_once(rec
         graph = swcompile.capture(Projections(), x_of()).graph
     sharers: dict[Role, list[int]] = {}
 
-    def predict(candidates: Sequence[Any], others: Sequence[Any]) -> list[float]:
+    def predict(candidates: Sequence[Any], others: Sequence[Any]) -> list[Prediction]:
         for candidate in candidates:
             sharers.setdefault(candidate.matmul.role, []).append(candidate.sharers)
-        return [1.0] * len(candidates)
+        return [Prediction(1.0)] * len(candidates)
 
     options = make_recipe({"recipe": recipe, "include": "*"})
     swcompile.run_passes(graph, [partial(swcompile.quantize_matmuls, recipe=options, predict=predict)])

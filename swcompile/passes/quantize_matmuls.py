@@ -10,7 +10,7 @@ from torch import fx
 
 from swcompile import graph as facts
 from swcompile import values
-from swcompile.cost import Candidate, predict_speedups
+from swcompile.cost import Candidate, Prediction, predict_speedups
 from swcompile.decide import decide, weigh
 from swcompile.graph import Matmul
 from swcompile.kernels.formats import E4M3, INT8
@@ -38,8 +38,8 @@ _QUANTIZERS = {
 }
 """(scaling, whether the operand lies transposed in memory) -> op. All give [outer, contracted], contiguous."""
 
-Predict = Callable[[Sequence[Candidate], Sequence[Matmul]], list[float]]
-"""(the candidates of a graph, its other matmuls) -> how many times as fast each candidate would be."""
+Predict = Callable[[Sequence[Candidate], Sequence[Matmul]], list[Prediction]]
+"""(the candidates of a graph, its other matmuls) -> what each candidate is worth."""
 
 
 def quantize_matmuls(
@@ -82,15 +82,14 @@ def quantize_matmuls(
         sharers = sharing[_activation_key(matmul)]
         candidates.append(Candidate(matmul, gemm, sharers, is_fused=_will_be_fused(matmul, recipe)))
     others = [matmul for matmul in found if matmul not in wanted]
-    speedups = predict(candidates, others) if recipe.skip_slower else [None] * len(candidates)
-    predicted = {c.matmul.node: speedup for c, speedup in zip(candidates, speedups, strict=True)}
+    predictions = predict(candidates, others) if recipe.skip_slower else []
+    predicted = {c.matmul.node: prediction for c, prediction in zip(candidates, predictions, strict=recipe.skip_slower)}
 
     rewriter = _Rewriter(graph)
     result = PassResult()
     for matmul, decision in zip(found, decisions, strict=True):
-        speedup = predicted.get(matmul.node)
-        if speedup is not None:
-            decision = weigh(decision, speedup, asked=recipe.included_by(decision.parameter or ""))
+        if matmul.node in predicted:
+            decision = weigh(decision, predicted[matmul.node], asked=recipe.included_by(decision.parameter or ""))
         result.decisions.append(decision)
         if _is_new(matmul, decision):
             gemm = recipe.format_of(matmul.role)
