@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import chain, cycle, islice, pairwise
+from itertools import chain, cycle, islice
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from reporting import header, markdown_table, write
 from triton.errors import TritonError
 
 from swcompile.kernels.scaled_mm_kernels import MatmulConfig
-from swcompile.kernels.timing import queue_ahead
+from swcompile.kernels.timing import intervals_ms
 
 
 def median_ms(calls: Sequence[Callable[[], Any]], *, num_samples: int = 30) -> float:
@@ -43,16 +43,7 @@ def samples_ms(calls: Sequence[Callable[[], Any]], num_samples: int) -> list[flo
     """Times of calls, which take turns, once all are queued."""
     for call in islice(cycle(calls), max(3, len(calls))):
         call()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(num_samples + 1)]
-
-    def queue() -> torch.cuda.Event:
-        for event, call in zip(events, cycle(calls), strict=False):
-            event.record()
-            call()
-        return events[0]
-
-    queue_ahead(queue)
-    return [start.elapsed_time(end) for start, end in pairwise(events)]
+    return intervals_ms(calls, num_samples)
 
 
 def host_us(call: Callable[[], Any]) -> float:

@@ -45,9 +45,7 @@ def compiled(layer: nn.Linear, options: dict[str, Any] | None) -> Callable[[torc
     return torch.compile(layer, backend=backend, options=options, fullgraph=True, dynamic=False)
 
 
-def training_ms(
-    layer: nn.Linear, x: torch.Tensor, gradient: torch.Tensor, options: dict[str, Any] | None
-) -> float:
+def training_ms(layer: nn.Linear, x: torch.Tensor, gradient: torch.Tensor, options: dict[str, Any] | None) -> float:
     """Milliseconds of forward and backward."""
     forward = compiled(layer, options)
 
@@ -58,9 +56,7 @@ def training_ms(
     return median_ms([step])
 
 
-def role_ms(
-    layer: nn.Linear, x: torch.Tensor, gradient: torch.Tensor, options: dict[str, Any] | None
-) -> list[float]:
+def role_ms(layer: nn.Linear, x: torch.Tensor, gradient: torch.Tensor, options: dict[str, Any] | None) -> list[float]:
     """Milliseconds of the forward and of the backward of a frozen layer: of `output` and of `grad_input`."""
     frozen, results = compiled(layer, options), []
 
@@ -111,29 +107,18 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 bf16, int8 = times.get(width, (0.0, 0.0))
                 times[width] = bf16 + row["bf16"], int8 + row["switchback"]
         widths = sorted(times)
-        axes.plot(
-            widths,
-            [times[width][0] / times[width][1] for width in widths],
-            marker="o",
-            label=f"{tokens:,} tokens",
-        )
+        axes.plot(widths, [times[width][0] / times[width][1] for width in widths], marker="o", label=f"{tokens:,} tokens")
     axes.axhline(1.0, color="gray", linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.set_xticks(widths, [str(width) for width in widths])
-    axes.set(
-        xlabel="width",
-        ylabel="times as fast as bf16",
-        title="SwitchBack: both linear layers of an MLP, forward and backward",
-    )
+    axes.set(xlabel="width", ylabel="times as fast as bf16", title="SwitchBack: both linear layers of an MLP, forward and backward")
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="over widths and tokens")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="of a sweep")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="of a sweep")

@@ -18,7 +18,7 @@ import torch
 
 from swcompile.kernels.launch import HAS_TRITON, device_facts, triton
 from swcompile.kernels.measurements import MeasurementFile
-from swcompile.kernels.timing import queue_ahead
+from swcompile.kernels.timing import intervals_ms
 
 
 class ConfigLike(Hashable, Protocol):
@@ -58,18 +58,7 @@ def measure_ms(run: Callable[[], object]) -> float:
         dtype=torch.uint8,
         device="cuda",
     )
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(11)]
-
-    def queue() -> torch.cuda.Event:
-        for start, end in pairs:
-            others.zero_()
-            start.record()
-            run()
-            end.record()
-        return pairs[0][0]
-
-    queue_ahead(queue)
-    return statistics.median(start.elapsed_time(end) for start, end in pairs)
+    return statistics.median(intervals_ms([others.zero_, run], 22)[1::2])
 
 
 def run_together(runs: Sequence[Callable[[], object]], device: torch.device) -> None:

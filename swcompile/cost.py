@@ -30,7 +30,7 @@ from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE, quantize_rowwis
 from swcompile.kernels.quantize_tensorwise import quantize_tensorwise_work
 from swcompile.kernels.scaled_mm import SCALED_MM, scaled_mm_work
 from swcompile.kernels.scaled_mm_e4m3 import SCALED_MM_E4M3
-from swcompile.kernels.timing import queue_ahead
+from swcompile.kernels.timing import intervals_ms
 from swcompile.kernels.tuning import bucket
 from swcompile.pipeline import source_fingerprint
 from swcompile.recipe import GemmFormat, Role, Scaling
@@ -310,18 +310,14 @@ def _cpu_seconds(run: Callable[[], object]) -> float:
 
 def _gpu_seconds(run: Callable[[], object], repeats: int = 20) -> float:
     """Device time of a call among equals, all of them queued before the first one starts."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     run()
 
-    def queue() -> torch.cuda.Event:
-        start.record()
+    def run_repeatedly() -> None:
         for _ in range(repeats):
             run()
-        end.record()
-        return start
 
-    queue_ahead(queue)
-    return start.elapsed_time(end) / 1e3 / repeats
+    (milliseconds,) = intervals_ms([run_repeatedly], 1)
+    return milliseconds / 1e3 / repeats
 
 
 def _host_seconds(run: Callable[[], object], repeats: int = 10) -> float:

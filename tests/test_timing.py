@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from swcompile.kernels.timing import queue_ahead
+from swcompile.kernels.timing import intervals_ms, queue_ahead
 
 
 class Event:
@@ -38,6 +38,23 @@ def test_sleeps_longer_until_the_host_is_done_first(calls: list[int | str], num_
     num_tries = min(num_late + 1, 4)
     assert len(sleeps) == num_tries == len(set(sleeps)) and sleeps == sorted(sleeps)
     assert calls == [call for sleep in sleeps for call in ("wait", sleep, "launch")] + ["wait"]
+
+
+def test_calls_take_turns_between_events(calls: list[int | str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recorded(Event):
+        def __init__(self, enable_timing: bool) -> None:
+            super().__init__(False)
+
+        def record(self) -> None:
+            self.place = len(calls)
+
+        def elapsed_time(self, end: "Recorded") -> float:
+            return end.place - self.place
+
+    monkeypatch.setattr(torch.cuda, "Event", Recorded)
+    long = lambda: calls.extend(["long"] * 3)
+    assert intervals_ms([lambda: calls.append("short"), long], 5) == [1, 3, 1, 3, 1]
+    assert calls[2:-1] == ["short", *["long"] * 3, "short", *["long"] * 3, "short"]
 
 
 @pytest.mark.gpu
