@@ -7,9 +7,11 @@ from swcompile.backend import reports, switchback
 from swcompile.capture import JointGraph, capture, explain
 from swcompile.forward import ForwardGraph, capture_forward
 from swcompile.joint import StrictError
+from swcompile.kernels.held_weights import Accumulation, gradient_accumulation
 from swcompile.optim import StableAdamW, split_decay_groups
 from swcompile.passes import joint_passes, post_grad_passes
 from swcompile.passes.fuse_quantization import fuse_quantization
+from swcompile.passes.hold_weights import hold_weights
 from swcompile.passes.insert_layer_scale import insert_layer_scale
 from swcompile.passes.insert_qk_layernorm import insert_qk_layernorm
 from swcompile.passes.quantize_matmuls import quantize_matmuls
@@ -22,6 +24,7 @@ from swcompile.stabilizers import LayerScale, LayerScaleOptions, Norm, Over, QKL
 
 __all__ = [
     "RECIPES",
+    "Accumulation",
     "Decision",
     "ForwardGraph",
     "GemmFormat",
@@ -45,6 +48,8 @@ __all__ = [
     "explain",
     "format_graph",
     "fuse_quantization",
+    "gradient_accumulation",
+    "hold_weights",
     "insert_layer_scale",
     "insert_qk_layernorm",
     "joint_passes",

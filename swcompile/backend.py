@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -60,11 +61,16 @@ def switchback(
         mode: one of `torch.compile`'s modes.
 
     Raises:
-        ValueError: an unknown option or recipe; with ``strict``, a pattern that matches no parameter of this graph,
-            or a matmul that was asked for and cannot be rewritten.
+        ValueError: an unknown option or recipe; ``micro_batches`` with a mode that uses CUDA graphs; with ``strict``, a
+            pattern that matches no parameter of this graph, or a matmul that was asked for and cannot be rewritten.
         RuntimeError: a GPU without int8 tensor cores (compute capability below 8.0).
     """
     recipe, patches = read_options(options or {}, mode)
+    if recipe.micro_batches > 1 and patches.get("triton.cudagraphs", inductor_config.triton.cudagraphs):
+        raise ValueError(
+            "option 'micro_batches' keeps quantised weights from one call to the next, but a CUDA graph "
+            "(mode='reduce-overhead') makes them in every call: leave out one of the two"
+        )
     names = parameter_names(gm, example_inputs)
     _check_patterns(recipe, gm, names)
     devices = {value.device for value in example_inputs if isinstance(value, torch.Tensor)}

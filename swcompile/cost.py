@@ -68,6 +68,8 @@ class Candidate(NamedTuple):
     """How many candidates read the same quantised activation; each bears its share."""
     is_fused: bool = False
     """The activation is quantised in the kernel that computes it, which then only writes int8 in addition."""
+    weight_passes: int = 1
+    """How many passes the quantised weight serves; each bears its share."""
 
 
 class Prediction(NamedTuple):
@@ -127,7 +129,7 @@ def _original(matmul: Matmul, rates: DeviceRates | None) -> tuple[float, float]:
 
 
 def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
-    matmul, gemm, sharers, is_fused = candidate
+    matmul, gemm, sharers, is_fused, weight_passes = candidate
     value = matmul.node.meta["val"]
     original, original_host = _original(matmul, rates)
     rates = rates or device_rates(value.device, value.dtype, gemm.number_format)
@@ -161,9 +163,9 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
         quantized=max(multiply.flops / rates.quantized_matmul, multiply.bytes / rates.quantize)
         + rates.kernel
         + quantize_other / sharers
-        + quantize_weight,
+        + quantize_weight / weight_passes,
         original_host=original_host,
-        quantized_host=(1 + activation_kernels / sharers + weight_kernels) * rates.quantize_call,
+        quantized_host=(1 + activation_kernels / sharers + weight_kernels / weight_passes) * rates.quantize_call,
     )
 
 

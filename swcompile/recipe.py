@@ -88,6 +88,9 @@ class Recipe:
     """Leave a matmul alone where int8 with its quantisation is predicted to be slower than the original."""
     fuse: bool | None = None
     """Quantise a value in the kernel that computes it. None: on a GPU; on a CPU Inductor's own loops are faster."""
+    micro_batches: int = 1
+    """Forward and backward passes from one step of the optimizer to the next, within `swcompile.gradient_accumulation`:
+    a weight is quantised once for all of them."""
 
     def __post_init__(self) -> None:
         _check("Recipe: name", self.name, str, "a string")
@@ -100,6 +103,8 @@ class Recipe:
         for flag in ("save_int8_activations", "strict", "skip_slower"):
             _check(f"Recipe: {flag}", getattr(self, flag), bool, "True or False")
         _check("Recipe: fuse", self.fuse, (bool, type(None)), "True, False or None")
+        if type(self.micro_batches) is not int or self.micro_batches < 1:
+            raise ValueError(f"Recipe: micro_batches is {self.micro_batches!r}, but must be an integer of 1 or more")
         for field, value in (("include", self.include), ("exclude", self.exclude)):
             if value is None and field == "include":
                 continue
@@ -179,7 +184,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     recipe.__name__: recipe for recipe in (switchback, switchback_m, switchback_q, switchback_full, llm_int8)
 }
 
-_RECIPE_OPTIONS = ("include", "exclude", "strict", "skip_slower", "fuse")
+_RECIPE_OPTIONS = ("include", "exclude", "strict", "skip_slower", "fuse", "micro_batches")
 OPTIONS = ("recipe", *_RECIPE_OPTIONS)
 """The options that `make_recipe` takes."""
 
@@ -189,7 +194,7 @@ def make_recipe(options: Mapping[str, Any]) -> Recipe:
 
     Args:
         options: ``recipe`` (a name in `RECIPES` or a `Recipe`; default ``"switchback"``), ``include`` and
-            ``exclude`` (a glob on parameter names, or several), ``strict``, ``skip_slower``, ``fuse``.
+            ``exclude`` (a glob on parameter names, or several), ``strict``, ``skip_slower``, ``fuse``, ``micro_batches``.
 
     Raises:
         ValueError: an unknown option or recipe, naming the closest legal one; a value of the wrong type.
@@ -212,6 +217,8 @@ def make_recipe(options: Mapping[str, Any]) -> Recipe:
             if not isinstance(options[option], bool):
                 raise ValueError(f"option {option!r} is {options[option]!r}; it takes True or False")
             changes[option] = options[option]
+    if "micro_batches" in options:
+        changes["micro_batches"] = options["micro_batches"]
     return dataclasses.replace(recipe, **changes)
 
 

@@ -80,7 +80,8 @@ def quantize_matmuls(
         gemm = recipe.format_of(matmul.role)
         assert gemm is not None
         sharers = sharing[_activation_key(matmul)]
-        candidates.append(Candidate(matmul, gemm, sharers, is_fused=_will_be_fused(matmul, recipe)))
+        weight_passes = 1 if matmul.role is Role.GRAD_WEIGHT else recipe.micro_batches  # that one reads an activation
+        candidates.append(Candidate(matmul, gemm, sharers, _will_be_fused(matmul, recipe), weight_passes))
     others = [matmul for matmul in found if matmul not in wanted]
     predictions = predict(candidates, others) if recipe.skip_slower else []
     predicted = {c.matmul.node: prediction for c, prediction in zip(candidates, predictions, strict=recipe.skip_slower)}
