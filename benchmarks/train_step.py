@@ -2,12 +2,14 @@
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py llama --peers --gradients
+    python benchmarks/train_step.py llama_short --accumulate 8
 
 Prints one table a model. All routes of a model run in one process on the same weights, taking turns, so that their
 ratios do not depend on the clock of the moment; times are medians.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -101,6 +103,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "vit_h8": lambda: vit("vit_huge_patch14_224", 128, depth=8),
     "vit_l": lambda: vit("vit_large_patch14_224", 256),
     "llama": lambda: llama(4, 8, 2048),
+    "llama_short": lambda: llama(4, 1, 2048),
     "encoder": lambda: encoder(1024, 12, 32, 256),
     "mlp": lambda: mlp(64, 8192),
 }
@@ -115,6 +118,8 @@ PEERS = [
 ]
 UNFUSED = ", not fused"
 """After a recipe's name: every quantisation of an activation or gradient is a kernel of its own."""
+HELD = ", weights once"
+"""Likewise: a weight is quantised once for all micro-batches of a step."""
 
 
 @dataclasses.dataclass
@@ -127,12 +132,13 @@ class Route:
     is_ours: bool
 
 
-def make_route(workload: Workload, name: str, options: dict[str, Any]) -> Route:
+def make_route(workload: Workload, name: str, options: dict[str, Any], micro_batches: int) -> Route:
     """Compile nothing yet: the first step does."""
     model, call = workload.model, None
-    recipe = name.removesuffix(UNFUSED)
+    recipe, is_held = name.removesuffix(UNFUSED).removesuffix(HELD), name.endswith(HELD)
     if recipe in swcompile.RECIPES:
         options = {"recipe": recipe, **options, **({"fuse": False} if name.endswith(UNFUSED) else {})}
+        options |= {"micro_batches": micro_batches} if is_held else {}
         call = torch.compile(model, backend="switchback", options=options, fullgraph=True)
     elif name.startswith(FLOAT8):
         model = with_float8(model, name.removeprefix(FLOAT8))
@@ -148,7 +154,9 @@ def make_route(workload: Workload, name: str, options: dict[str, Any]) -> Route:
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        workload.loss(call).backward()
+        with swcompile.gradient_accumulation() if is_held else contextlib.nullcontext():
+            for _ in range(micro_batches):
+                workload.loss(call).backward()
 
     return Route(model, step, recipe in swcompile.RECIPES)
 
@@ -190,7 +198,7 @@ def cosine(model: nn.Module, reference: dict[str, torch.Tensor]) -> float:
 
 
 def measure(
-    workload: Workload, names: list[str], rounds: int, options: dict[str, Any], *, gradients: bool, kernels: bool
+    workload: Workload, names: list[str], rounds: int, options: dict[str, Any], *, micro_batches: int, gradients: bool, kernels: bool
 ) -> list[dict[str, Any]]:
     """One row a route: seconds to compile, ms a step, GiB at the peak; the cosine of its gradients if asked for.
 
@@ -202,7 +210,7 @@ def measure(
     for name in names:
         torch._dynamo.reset()
         try:
-            route = make_route(workload, name, options)
+            route = make_route(workload, name, options, micro_batches)
             start = time.perf_counter()
             route.step()
         except Exception as error:  # a peer that does not run here is a row that says so
@@ -271,6 +279,9 @@ def main() -> None:
         "--peers", nargs="*", choices=PEERS, metavar="NAME", help=f"also run these, or all of {'; '.join(PEERS)}"
     )
     parser.add_argument("--unfused", action="store_true", help="also run the first recipe without fused quantisation")
+    parser.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="passes a step; with several also quantise weights once for all"
+    )
     parser.add_argument("--gradients", action="store_true", help="also compare the gradients with those in float32")
     parser.add_argument("--rounds", type=int, default=10, help="timed steps a route (default: 10)")
     parser.add_argument("--all-eligible", action="store_true", help="rewrite matmuls that int8 makes slower, too")
@@ -283,6 +294,7 @@ def main() -> None:
     options = {"skip_slower": False} if args.all_eligible else {}
     names = [BASELINE, *args.recipes]
     names += [args.recipes[0] + UNFUSED] if args.unfused else []
+    names += [recipe + HELD for recipe in args.recipes] if args.accumulate > 1 else []
     names += [] if args.peers is None else args.peers or PEERS
     text = [header("Train step: forward, loss, backward") + (f"\n\ntorchao {version('torchao')}" if args.peers is not None else "")]
     columns = {"ms": ".1f", "spread ms": ".1f", "speed-up": ".3f", "GiB": ".2f", "memory": ".3f", "compile s": ".0f"}
@@ -291,8 +303,9 @@ def main() -> None:
     for name in args.workloads:
         torch.manual_seed(0)
         workload = WORKLOADS[name]()
-        rows = measure(workload, names, args.rounds, options, gradients=args.gradients, kernels=args.breakdown)
-        text.append(f"## {workload.description}\n\n{markdown_table(rows, {'route': '', **columns})}")
+        rows = measure(workload, names, args.rounds, options, micro_batches=args.accumulate, gradients=args.gradients, kernels=args.breakdown)
+        passes = f", {args.accumulate} passes" if args.accumulate > 1 else ""
+        text.append(f"## {workload.description}{passes}\n\n{markdown_table(rows, {'route': '', **columns})}")
         print(text[-1], flush=True)
         if args.report:
             print(swcompile.reports()[-1])

@@ -25,7 +25,7 @@ from swcompile.kernels.formats import E4M3, INT8, NumberFormat
 
 CPU = torch.device("cpu")
 RATES = DeviceRates(
-    matmul=1e12, quantized_matmul=2e12, quantize=1e12, quantize_columns=5e11, kernel=1e-6,
+    matmul=1e12, quantized_matmul=2e12, quantized_output=0.0, quantize=1e12, quantize_columns=5e11, kernel=1e-6,
     matmul_call=1e-6, quantize_call=2e-6,
 )  # fmt: skip
 
@@ -203,6 +203,28 @@ def test_an_activation_that_its_own_kernel_quantises_costs_the_bytes_of_int8(mon
     weight = 256 * 512 * (2 * 4 + 1) / RATES.quantize + 4 / RATES.quantize + 2 * RATES.kernel
     expected = seconds / (multiply + 1024 * (512 + 4) / RATES.quantize + weight)
     assert speedups[True]["2.weight", "output"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_short_sums_wait_for_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = dataclasses.replace(RATES, quantized_output=1e-11)
+    shapes, times = [(1024, 512, 256), (1024, 256, 512)], {}
+    for known in (RATES, rates):
+        monkeypatch.setattr(cost, "device_rates", lambda *of, known=known: known)
+        report = swcompile.explain(nn.Linear(256, 512), torch.randn(1024, 256, requires_grad=True), include="*")
+        for decision, (m, n, k) in zip([d for d in report.decisions if d.speedup], shapes, strict=True):
+            assert decision.shape == (m, n, k) and decision.speedup is not None
+            times.setdefault(decision.shape, []).append((2 * m * n * k / rates.matmul + rates.kernel) / decision.speedup)
+    for (m, n, _), (without, with_results) in times.items():
+        assert with_results - without == pytest.approx(m * n * 1e-11, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("whole", "part", "expected"),
+    [(1.0, 0.25, (1.0, 0.0)), (1.0, 0.4, (0.8, 0.2)), (1.0, 0.2, (1.0, 0.0)), (1.0, 0.9, (0.55, 0.45))],
+    ids=["all of it sums", "a part", "less than nothing", "at most half of the short one"],
+)
+def test_what_of_a_matmul_grows_with_its_sums(whole: float, part: float, expected: tuple[float, float]) -> None:
+    assert cost._split(whole, part) == pytest.approx(expected)
 
 
 def test_a_sum_over_tokens_has_its_own_rates(monkeypatch: pytest.MonkeyPatch) -> None:
