@@ -5,7 +5,8 @@
     python benchmarks/train_step.py llama_short --accumulate 8
 
 Prints one table a model. All routes of a model run in one process on the same weights, taking turns, so that their
-ratios do not depend on the clock of the moment; times are medians.
+ratios do not depend on the clock of the moment; times are medians. The floor is the time that the matmuls of the linear
+layers would take at the rates of large ones on this GPU, in the formats in which they run, with nothing else to do.
 """
 
 import argparse
@@ -25,6 +26,9 @@ from reporting import add_workloads, alone, header, markdown_table, write
 from torch import nn
 
 import swcompile
+from swcompile import Role
+from swcompile.cost import device_rates
+from swcompile.kernels.formats import E4M3, INT8
 
 BASELINE = "torch.compile bf16"
 
@@ -111,10 +115,16 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
 
 FLOAT8 = "torchao float8 "
 """torchao's float8 training, by the name of its recipe: its modules in the place of the linear layers, then compiled."""
+FLOAT8_ROLES = {
+    "tensorwise": (Role.OUTPUT, Role.GRAD_INPUT, Role.GRAD_WEIGHT),
+    "rowwise": (Role.OUTPUT, Role.GRAD_INPUT, Role.GRAD_WEIGHT),
+    "rowwise_with_gw_hp": (Role.OUTPUT, Role.GRAD_INPUT),
+}
+"""A recipe of torchao's -> the matmuls that it runs in float8."""
 PEERS = [
     "eager bf16",
     "torch.compile bf16, max-autotune",
-    *(FLOAT8 + name for name in ("tensorwise", "rowwise", "rowwise_with_gw_hp")),
+    *(FLOAT8 + name for name in FLOAT8_ROLES),
 ]
 UNFUSED = ", not fused"
 """After a recipe's name: every quantisation of an activation or gradient is a kernel of its own."""
@@ -129,7 +139,9 @@ class Route:
     model: nn.Module
     """The one whose gradients the step leaves: the workload's, or a copy that another library has changed."""
     step: Callable[[], None]
-    is_ours: bool
+    decisions: list[swcompile.Decision] | None = None
+    """About all matmuls, if the route is ours and has been compiled."""
+    is_ours: bool = False
 
 
 def make_route(workload: Workload, name: str, options: dict[str, Any], micro_batches: int) -> Route:
@@ -158,7 +170,7 @@ def make_route(workload: Workload, name: str, options: dict[str, Any], micro_bat
             for _ in range(micro_batches):
                 workload.loss(call).backward()
 
-    return Route(model, step, recipe in swcompile.RECIPES)
+    return Route(model, step, is_ours=recipe in swcompile.RECIPES)
 
 
 def with_float8(model: nn.Module, recipe: str) -> nn.Module:
@@ -236,6 +248,7 @@ def measure(
         # What other routes keep (their copy of the model, the reference's gradients) does not count.
         rows[name]["GiB"] = (torch.cuda.max_memory_allocated() - before + own) / 2**30
         if route.is_ours:
+            route.decisions = swcompile.reports()[-1].decisions
             print(f"{name}: {swcompile.reports()[-1].summary()}", flush=True)
     times = defaultdict(list)
     with alone():
@@ -252,11 +265,38 @@ def measure(
     for name, samples in times.items():
         quartiles = statistics.quantiles(samples, n=4)
         rows[name] |= {"ms": statistics.median(samples), "spread ms": quartiles[2] - quartiles[0]}
+    known = next((route.decisions for route in routes.values() if route.decisions), [])
+    for name, route in routes.items():
+        rows[name]["of floor"] = micro_batches * floor_ms(name, route.decisions or known) / rows[name]["ms"]
     base = rows.get(BASELINE)
     for row in rows.values():
         if base and "ms" in row:
             row |= {"speed-up": base["ms"] / row["ms"], "memory": row["GiB"] / base["GiB"]}
     return list(rows.values())
+
+
+def floor_ms(name: str, decisions: list[swcompile.Decision]) -> float:
+    """Milliseconds that the matmuls of linear layers take on this device, each at the rate of a large one in its format.
+
+    Args:
+        name: of a route.
+        decisions: about all matmuls of the model, by one of our recipes; what it decided counts for our own routes.
+    """
+    linear = [decision for decision in decisions if decision.parameter is not None]
+    head = [decision.parameter for decision in linear if decision.role is Role.OUTPUT][-1:]
+    seconds = 0.0
+    for decision in linear:
+        if name in PEERS:
+            roles = FLOAT8_ROLES.get(name.removeprefix(FLOAT8), ())
+            number_format = E4M3 if decision.role in roles and decision.parameter not in head else None
+        elif name == BASELINE:
+            number_format = None
+        else:
+            number_format = {None: None, "int8": INT8, "e4m3": E4M3}[decision.number_format]
+        rates = device_rates(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, number_format or INT8)
+        m, n, k = decision.shape
+        seconds += 2 * m * n * k / (rates.matmul if number_format is None else rates.quantized_matmul)
+    return 1e3 * seconds
 
 
 def breakdown(step: Callable[[], None], top: int = 30) -> str:
@@ -297,7 +337,7 @@ def main() -> None:
     names += [recipe + HELD for recipe in args.recipes] if args.accumulate > 1 else []
     names += [] if args.peers is None else args.peers or PEERS
     text = [header("Train step: forward, loss, backward") + (f"\n\ntorchao {version('torchao')}" if args.peers is not None else "")]
-    columns = {"ms": ".1f", "spread ms": ".1f", "speed-up": ".3f", "GiB": ".2f", "memory": ".3f", "compile s": ".0f"}
+    columns = {"ms": ".1f", "spread ms": ".1f", "speed-up": ".3f", "of floor": ".2f", "GiB": ".2f", "memory": ".3f", "compile s": ".0f"}
     if args.gradients:
         columns["cosine"] = ".5f"
     for name in args.workloads:
