@@ -1,4 +1,4 @@
-"""Time and peak memory of a whole train step (forward, loss, backward): bf16, each recipe, and other libraries' float8.
+"""Time and peak memory of a whole train step (forward, loss, backward): bf16, each recipe, and other libraries' 8 bit.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py llama --peers --gradients
@@ -115,6 +115,8 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
 
 FLOAT8 = "torchao float8 "
 """torchao's float8 training, by the name of its recipe: its modules in the place of the linear layers, then compiled."""
+TORCHAO_INT8 = "torchao int8 mixed precision"
+"""Likewise torchao's int8 training, by a weight that is a tensor subclass. Whether it runs in int8 is seen by its gradients."""
 FLOAT8_ROLES = {
     "tensorwise": (Role.OUTPUT, Role.GRAD_INPUT, Role.GRAD_WEIGHT),
     "rowwise": (Role.OUTPUT, Role.GRAD_INPUT, Role.GRAD_WEIGHT),
@@ -125,6 +127,7 @@ PEERS = [
     "eager bf16",
     "torch.compile bf16, max-autotune",
     *(FLOAT8 + name for name in FLOAT8_ROLES),
+    TORCHAO_INT8,
 ]
 UNFUSED = ", not fused"
 """After a recipe's name: every quantisation of an activation or gradient is a kernel of its own."""
@@ -155,6 +158,9 @@ def make_route(workload: Workload, name: str, options: dict[str, Any], micro_bat
     elif name.startswith(FLOAT8):
         model = with_float8(model, name.removeprefix(FLOAT8))
         call = torch.compile(model, fullgraph=True)
+    elif name == TORCHAO_INT8:
+        model = with_int8(model)
+        call = torch.compile(model)
     elif name == BASELINE:
         call = torch.compile(model, fullgraph=True)
     elif name == "torch.compile bf16, max-autotune":
@@ -177,14 +183,29 @@ def with_float8(model: nn.Module, recipe: str) -> nn.Module:
     """A copy of a model with torchao's float8 in all linear layers but the last, as its guide has it."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
+    config = Float8LinearConfig.from_recipe_name(recipe)
+    return convert_to_float8_training(copy.deepcopy(model), config=config, module_filter_fn=all_but_the_last(model))
+
+
+def with_int8(model: nn.Module) -> nn.Module:
+    """A copy of a model with torchao's int8 training in all linear layers but the last, as its guide has it."""
+    from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
+    from torchao.quantization import quantize_
+
+    model = copy.deepcopy(model)
+    quantize_(model, Int8MixedPrecisionTrainingConfig(), all_but_the_last(model))
+    return model
+
+
+def all_but_the_last(model: nn.Module) -> Callable[[nn.Module, str], bool]:
+    """(module, its name) -> whether it is a linear layer other than the last, of sizes that 8-bit matmuls take."""
     *_, last = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
 
     def is_wanted(module: nn.Module, name: str) -> bool:
         fits = isinstance(module, nn.Linear) and module.in_features % 16 == module.out_features % 16 == 0
         return fits and name != last
 
-    config = Float8LinearConfig.from_recipe_name(recipe)
-    return convert_to_float8_training(copy.deepcopy(model), config=config, module_filter_fn=is_wanted)
+    return is_wanted
 
 
 def float32_gradients(workload: Workload) -> dict[str, torch.Tensor]:
