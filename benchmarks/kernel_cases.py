@@ -22,7 +22,7 @@ from swcompile.kernels.map_rows import MAP_ROWS, map_rows_work
 from swcompile.kernels.quantize_rowwise import RowwiseConfig
 from swcompile.kernels.quantize_tensorwise import TileConfig
 from swcompile.kernels.row_program import parse
-from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_tma, launch
+from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_tma, launcher
 
 TOKENS = 32768
 WEIGHTS = [(1280, 5120), (5120, 1280), (4096, 4096), (4096, 16384)]
@@ -170,13 +170,14 @@ def _run_program(text: str, *inputs: torch.Tensor) -> list[torch.Tensor]:
 
 def _launch_program(text: str, config: Any, *inputs: torch.Tensor) -> None:
     program = parse(text)
-    row_program_triton.launch(inputs, program, row_program_triton.empty_outputs(inputs, program), config)
+    kinds = row_program_triton.output_kinds(inputs, program)
+    outputs = [torch.empty(shape, dtype=dtype, device="cuda") for shape, dtype in kinds]
+    row_program_triton.launcher(inputs, program, config)(inputs, outputs)
 
 
 def _launch_rowwise(config: RowwiseConfig, x: torch.Tensor) -> None:
-    quantize_rowwise.launch(
-        config, x, torch.empty_like(x, dtype=torch.int8), torch.empty(len(x), device="cuda")
-    )
+    outputs = torch.empty_like(x, dtype=torch.int8), torch.empty(len(x), device="cuda")
+    quantize_rowwise.launcher(config, x)(x, *outputs)
 
 
 def _launch_tensorwise(config: TileConfig, x: torch.Tensor, *, same: bool, transposed: bool) -> None:
@@ -184,12 +185,13 @@ def _launch_tensorwise(config: TileConfig, x: torch.Tensor, *, same: bool, trans
     x_q, x_q_t = (
         output if wanted else None for output, wanted in zip(outputs, (same, transposed), strict=True)
     )
-    quantize_tensorwise.launch(config, x, x_q, x_q_t, torch.empty((1, 1), device="cuda"))
+    launch = quantize_tensorwise.launcher(config, x, same=same, transposed=transposed)
+    launch(x, x_q, x_q_t, torch.empty((1, 1), device="cuda"))
 
 
 def _launch_columnwise(config: Any, x: torch.Tensor) -> None:
     x_q = torch.empty(x.t().shape, dtype=torch.int8, device="cuda")
-    quantize_columnwise.launch(config, x, x_q, torch.empty((x.shape[1], 1), device="cuda"))
+    quantize_columnwise.launcher(config, x, x_q)(x, x_q, torch.empty((x.shape[1], 1), device="cuda"))
 
 
 def quantized(num_rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,7 +199,8 @@ def quantized(num_rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _launch_matmul(config: MatmulConfig, *arguments: Any, out: torch.Tensor) -> None:
-    launch(config, *arguments[:4], None, out)
+    operands = *arguments[:4], None, out
+    launcher(config, *operands)(*operands)
 
 
 def matmul_cases(num_rows: int, only: str) -> Iterable[Case]:

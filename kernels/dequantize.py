@@ -1,10 +1,12 @@
 # mypy: allow-untyped-defs
 """int8 back to a floating dtype. Shapes: M rows, K columns; the scale is [M, 1], [1, K] or [1, 1]."""
 
+from collections.abc import Callable
+
 import torch
 
 from swcompile.kernels.int8 import with_unit_inner_stride
-from swcompile.kernels.launch import tl, triton
+from swcompile.kernels.launch import Launcher, Plans, tl, triton
 from swcompile.kernels.library import Work, define_op
 
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -44,29 +46,38 @@ def dequantize_work(num_rows: int, num_columns: int, itemsize: int, *, num_scale
 
 def dequantize_triton(x_q_MK: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`dequantize` by the Triton kernel: what the op does on CUDA."""
-    _check_dtypes(x_q_MK, scale, dtype)
-    _check_shapes(x_q_MK, scale)
-    x_q_MK = with_unit_inner_stride(x_q_MK)
-    num_rows, num_columns = x_q_MK.shape
-    out_MK = torch.empty((num_rows, num_columns), dtype=dtype, device=x_q_MK.device)
-    if out_MK.numel():
-        per_column = scale.shape[1] != 1
-        scale_stride = scale.stride(1 if per_column else 0) if scale.numel() > 1 else 0
-        _dequantize_kernel[(triton.cdiv(num_rows, _BLOCK_M), triton.cdiv(num_columns, _BLOCK_K))](
-            x_q_MK,
-            scale,
-            out_MK,
-            num_rows,
-            num_columns,
-            x_q_MK.stride(0),
-            scale_stride,
-            PER_COLUMN=per_column,
-            BLOCK_M=_BLOCK_M,
-            BLOCK_K=_BLOCK_K,
-        )
+    launch = PLANS.find([x_q_MK, scale], dtype)
+    if launch is None:
+        return dequantize_triton(x_q_MK.contiguous(), scale, dtype)
+    out_MK = torch.empty(x_q_MK.shape, dtype=dtype, device=x_q_MK.device)
+    launch(x_q_MK, scale, out_MK)
     return out_MK
 
 
+def _prepare(x_q_MK: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> Callable[..., None] | None:
+    """Launches the kernel on (x_q, scale, out); None where x_q must be laid out anew."""
+    _check_dtypes(x_q_MK, scale, dtype)
+    _check_shapes(x_q_MK, scale)
+    if with_unit_inner_stride(x_q_MK) is not x_q_MK:
+        return None
+    num_rows, num_columns = x_q_MK.shape
+    if not x_q_MK.numel():
+        return lambda *tensors: None
+    per_column = scale.shape[1] != 1
+    return Launcher(
+        _dequantize_kernel,
+        (triton.cdiv(num_rows, _BLOCK_M), triton.cdiv(num_columns, _BLOCK_K)),
+        num_rows,
+        num_columns,
+        x_q_MK.stride(0),
+        scale.stride(1 if per_column else 0) if scale.numel() > 1 else 0,
+        PER_COLUMN=per_column,
+        BLOCK_M=_BLOCK_M,
+        BLOCK_K=_BLOCK_K,
+    )
+
+
+PLANS = Plans(_prepare)
 _BLOCK_M, _BLOCK_K = 4, 1024
 
 

@@ -1,7 +1,12 @@
-"""Triton itself, or a stand-in where it is not installed, and the facts of a device that a launch depends on."""
+"""Triton itself, or a stand-in where it is not installed, the facts of a device that a launch depends on, and launching.
 
+A launch costs the host 10 us, and as much again to find out how to launch; in a training step, whose code and tensors
+fill the caches, several times that. A small model waits for it. So what was found out is kept for calls that look alike.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -108,3 +113,93 @@ def require_supported_gpu(index: int, number_format: NumberFormat = INT8) -> Non
             f"swcompile's {number_format.name} kernels need compute capability {wanted} ({_ARCHITECTURES[oldest]}) or later; "
             f"{facts.name} (cuda:{index}) has {found}. Run on a newer GPU, or {way_out}."
         )
+
+
+Plan = TypeVar("Plan")
+_UNKNOWN = object()
+MAX_PLANS = 4096
+"""Of one op. More than a model has kinds of calls; with more different sizes than that, some are prepared again."""
+
+
+class Plans(Generic[Plan]):
+    """How to run an op, kept for calls whose tensors differ in their addresses alone.
+
+    Args:
+        prepare: takes what a call takes, checks it and says how to run it. It may launch kernels, to time them.
+    """
+
+    def __init__(self, prepare: Callable[..., Plan]) -> None:
+        self._prepare = prepare
+        self._known: dict[Hashable, Any] = {}
+
+    def find(self, tensors: Sequence[torch.Tensor | None], *options: Hashable) -> Plan:
+        """The plan for a call with these tensors, and whatever else it takes."""
+        key = options, *[
+            t if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16) for t in tensors
+        ]
+        plan = self._known.get(key, _UNKNOWN)
+        if plan is _UNKNOWN:
+            plan = self._prepare(*tensors, *options)
+            if len(self._known) >= MAX_PLANS:
+                self._known.clear()
+            if not _is_capturing():  # what is prepared then may have had to do without timing
+                self._known[key] = plan
+        return plan
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class Launcher:
+    """Launches a kernel of Triton's, time and again, with tensors that differ in their addresses alone.
+
+    Triton finds out at each launch which of the forms that it has compiled fits the arguments; here it does so once. The
+    kernel takes tensors (or what `Described` makes of them) first, then numbers, then constants.
+
+    Args:
+        kernel: a function under ``triton.jit`` or ``gluon.jit``.
+        grid: how many programs, in up to three dimensions.
+        numbers: the kernel's arguments after the tensors.
+        options: constants of the kernel, and options of its compilation and launch.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], *numbers: int, **options: Any) -> None:
+        self._kernel, self._grid, self._numbers, self._options = kernel, grid, numbers, options
+        self._run: Callable[..., object] | None = None
+        self._rest: tuple[object, ...] = ()
+
+    def __call__(self, *tensors: Any) -> None:
+        """Launch on the current stream of the current device; tensors as in every other call, but for their addresses."""
+        if self._run is not None:
+            self._run(*tensors, *self._rest)
+            return
+        compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._options)
+        if compiled is not None:  # the interpreter compiles nothing
+            names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
+            self._rest = *self._numbers, *[self._options[name] for name in names]
+            self._run = compiled[(*self._grid, 1, 1)[:3]]
+
+
+class Described:
+    """Makes a tensor descriptor for the tensor memory accelerator of each tensor that looks like the first one.
+
+    Args:
+        make: makes and checks a descriptor of a tensor.
+    """
+
+    def __init__(self, make: Callable[[torch.Tensor], Any]) -> None:
+        self._make = make
+        self._kind: Any = None
+        self._fields: dict[str, Any] = {}
+
+    def __call__(self, tensor: torch.Tensor) -> Any:
+        """The descriptor. A tensor is kept by its own descriptor alone."""
+        if self._kind is None:
+            descriptor = self._make(tensor)
+            self._fields = {name: value for name, value in vars(descriptor).items() if name != "base"}
+            self._kind = type(descriptor)
+            return descriptor
+        descriptor = object.__new__(self._kind)
+        vars(descriptor).update(self._fields, base=tensor)
+        return descriptor

@@ -50,10 +50,14 @@ def define_op(
 def _on_device_of_first_argument(function: Callable[..., Any], number_format: NumberFormat) -> Callable[..., Any]:
     """Triton launches on the current device: make that the tensor's, and check that its GPU can run the kernel."""
 
+    supported: set[int] = set()
+
     @wraps(function)
     def run(first: Any, *rest: Any) -> Any:
-        index = (first if isinstance(first, torch.Tensor) else first[0]).device.index
-        require_supported_gpu(index, number_format)
+        index = (first if isinstance(first, torch.Tensor) else first[0]).get_device()
+        if index not in supported:
+            require_supported_gpu(index, number_format)
+            supported.add(index)
         if index == torch.cuda.current_device():
             return function(first, *rest)
         with torch.cuda.device(index):

@@ -3,11 +3,13 @@
 Shapes: M rows (tokens), K features a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from swcompile.kernels.int8 import with_unit_inner_stride
+from swcompile.kernels.launch import Plans
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.quantize_rowwise import quantize_rowwise_reference
 from swcompile.kernels.row_program import (
@@ -20,7 +22,7 @@ from swcompile.kernels.row_program import (
     matrix_size,
     parse,
 )
-from swcompile.kernels.row_program_triton import MAX_COLUMNS, empty_outputs, launch
+from swcompile.kernels.row_program_triton import MAX_COLUMNS, launcher, output_kinds
 
 
 def map_rows(inputs: Sequence[torch.Tensor], program: RowProgram) -> list[torch.Tensor]:
@@ -79,20 +81,47 @@ def map_rows_triton(inputs: Sequence[torch.Tensor], program: str) -> list[torch.
     Raises:
         ValueError: also rows of more than 32,768 features, which no thread block holds.
     """
-    parsed = parse(program)
-    check_inputs(inputs, parsed)
-    num_rows, num_columns = matrix_size(inputs, parsed)
+    plan = PLANS.find(inputs, program)
+    if plan is None:
+        return map_rows_reference(inputs, program)
+    if plan.launch is None:
+        return map_rows_triton(_readable(inputs, parse(program)), program)
+    device = inputs[0].device
+    outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.outputs]
+    plan.launch(inputs, outputs)
+    return outputs
+
+
+class _Plan(NamedTuple):
+    outputs: list[tuple[tuple[int, ...], torch.dtype]]
+    """(shape, dtype) of each."""
+    launch: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None] | None
+    """Takes inputs and outputs; None where an input must be laid out anew."""
+
+
+def _readable(inputs: Sequence[torch.Tensor], program: RowProgram) -> list[torch.Tensor]:
+    """The inputs, or copies of those that a kernel cannot read where they lie."""
+    return [
+        with_unit_inner_stride(tensor) if value.shape is Shape.MATRIX else tensor.contiguous()
+        for tensor, value in zip(inputs, program.inputs, strict=True)
+    ]
+
+
+def _prepare(*inputs_and_program: Any) -> _Plan | None:
+    """How to run a program; None where there is nothing to read."""
+    *inputs, text = inputs_and_program
+    program = parse(text)
+    check_inputs(inputs, program)
+    num_rows, num_columns = matrix_size(inputs, program)
     if num_columns > MAX_COLUMNS:
         raise ValueError(f"map_rows: K={num_columns}, but a kernel holds rows of up to {MAX_COLUMNS}")
     if num_rows == 0 or num_columns == 0:
-        return map_rows_reference(inputs, program)
-    readable = [
-        with_unit_inner_stride(tensor) if value.shape is Shape.MATRIX else tensor.contiguous()
-        for tensor, value in zip(inputs, parsed.inputs, strict=True)
-    ]
-    outputs = empty_outputs(inputs, parsed)
-    launch(readable, parsed, outputs)
-    return outputs
+        return None
+    as_they_lie = all(a is b for a, b in zip(inputs, _readable(inputs, program), strict=True))
+    return _Plan(output_kinds(inputs, program), launcher(inputs, program) if as_they_lie else None)
+
+
+PLANS = Plans(_prepare)
 
 
 def map_rows_work(program: RowProgram, num_rows: int, num_columns: int) -> Work:
@@ -140,7 +169,7 @@ def check_dtypes(inputs: Sequence[torch.Tensor], program: RowProgram) -> None:
 def _fake(inputs: Sequence[torch.Tensor], program: str) -> list[torch.Tensor]:
     parsed = parse(program)
     check_dtypes(inputs, parsed)
-    return empty_outputs(inputs, parsed)
+    return [inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in output_kinds(inputs, parsed)]
 
 
 MAP_ROWS = define_op(

@@ -4,6 +4,7 @@
 Rows are what a grad_weight matmul sums over; P is their number rounded up to a multiple of 16.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from swcompile.kernels.int8 import (
     store_tile,
     with_unit_inner_stride,
 )
-from swcompile.kernels.launch import device_facts, tl, triton
+from swcompile.kernels.launch import Launcher, Plans, device_facts, tl, triton
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.quantize_rowwise import quantize_rowwise_reference, quantize_rowwise_triton
 from swcompile.kernels.tuning import Tuner, bucket
@@ -97,36 +98,52 @@ def quantize_columnwise_transpose_work(num_rows: int, num_columns: int, itemsize
 def quantize_columnwise_transpose_triton(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_columnwise_transpose` by the Triton kernel: what the op does on CUDA."""
     check_quantizer_input("quantize_columnwise_transpose", x_NK)
-    num_rows, num_columns = x_NK.shape
+    num_rows = x_NK.shape[0]
     if (x_NK.stride(0) == 1 and x_NK.stride(1) != 1) or num_rows == 0:  # stored as its transpose
         return quantize_rowwise_triton(x_NK.t())
-    x_NK = with_unit_inner_stride(x_NK)
-    x_q_KN = torch.empty((num_columns, num_rows), dtype=torch.int8, device=x_NK.device)
-    return x_q_KN, _quantize(x_NK, x_q_KN)
+    return _quantize(with_unit_inner_stride(x_NK), num_rows, torch.int8)
 
 
 def quantize_columnwise_transpose_e4m3_triton(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_columnwise_transpose_e4m3` by the Triton kernel: what the op does on CUDA."""
     check_quantizer_input("quantize_columnwise_transpose_e4m3", x_NK)
     num_rows, num_columns = x_NK.shape
-    x_q_KP = torch.empty((num_columns, padded(num_rows)), dtype=E4M3.dtype, device=x_NK.device)
     if num_rows == 0:
+        x_q_KP = torch.empty((num_columns, 0), dtype=E4M3.dtype, device=x_NK.device)
         return x_q_KP, scale_and_inverse_reference(x_NK.new_zeros((num_columns, 1), dtype=torch.float32), E4M3)[0]
-    return x_q_KP, _quantize(with_unit_inner_stride(x_NK), x_q_KP)
+    return _quantize(with_unit_inner_stride(x_NK), padded(num_rows), E4M3.dtype)
 
 
-def _quantize(x_NK: torch.Tensor, x_q: torch.Tensor) -> torch.Tensor:
-    """Write the transposed quantised form of x and return its scale [K, 1]."""
+def _quantize(x_NK: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """x transposed and quantised, [K, width], and its scale [K, 1]."""
+    launch = PLANS.find([x_NK], width, dtype)
+    outputs = _empty_outputs(x_NK, width, dtype)
+    launch(x_NK, *outputs)
+    return outputs
+
+
+def _empty_outputs(x_NK: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    num_columns = x_NK.shape[1]
+    x_q = torch.empty((num_columns, width), dtype=dtype, device=x_NK.device)
+    return x_q, torch.empty((num_columns, 1), dtype=torch.float32, device=x_NK.device)
+
+
+def _prepare(x_NK: torch.Tensor, width: int, dtype: torch.dtype) -> Callable[..., None]:
+    """Launches the kernel on (x, x_q, scale)."""
     num_rows, num_columns = x_NK.shape
-    scale_K1 = torch.empty((num_columns, 1), dtype=torch.float32, device=x_NK.device)
-    if num_columns:
+    if not num_columns:
+        return lambda *tensors: None
 
-        def run(config: ColumnConfig) -> None:
-            launch(config, x_NK, x_q, scale_K1)
+    def run(config: ColumnConfig) -> None:
+        outputs = _empty_outputs(x_NK, width, dtype)
+        launcher(config, x_NK, outputs[0])(x_NK, *outputs)
 
-        key = (bucket(num_rows), num_columns, x_NK.dtype, x_q.dtype)
-        run(TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device))
-    return scale_K1
+    key = (bucket(num_rows), num_columns, x_NK.dtype, dtype)
+    config = TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device)
+    return launcher(config, x_NK, torch.empty((num_columns, width), dtype=dtype, device="meta"))
+
+
+PLANS = Plans(_prepare)
 
 
 class ColumnConfig(NamedTuple):
@@ -150,18 +167,15 @@ _LEAD = 2
 """How many items the first pass is ahead, for each multiprocessor: enough that few programs wait, few enough for the L2 cache."""
 
 
-def launch(config: ColumnConfig, x_NK: torch.Tensor, x_q: torch.Tensor, scale_K1: torch.Tensor) -> None:
-    """Run the kernel in the given configuration; x_q is int8 [K, N] or float8_e4m3fn [K, P]."""
+def launcher(config: ColumnConfig, x_NK: torch.Tensor, x_q: torch.Tensor) -> Callable[..., None]:
+    """Launches the kernel on (x, x_q, scale) in the given configuration; x_q is int8 [K, N] or float8_e4m3fn [K, P]."""
     num_rows, num_columns = x_NK.shape
     spans = triton.cdiv(x_q.shape[1], config.rows * config.tiles)
     blocks = triton.cdiv(num_columns, config.columns)
-    meeting = torch.zeros(1 + blocks + num_columns, dtype=torch.int32, device=x_NK.device)
     lead = min(spans + _LEAD * device_facts(x_NK.device).num_multiprocessors, spans * blocks)
-    _quantize_columns_kernel[(2 * spans * blocks,)](
-        x_NK,
-        meeting,
-        x_q,
-        scale_K1,
+    kernel = Launcher(
+        _quantize_columns_kernel,
+        (2 * spans * blocks,),
         num_rows,
         x_q.shape[1],
         num_columns,
@@ -174,6 +188,12 @@ def launch(config: ColumnConfig, x_NK: torch.Tensor, x_q: torch.Tensor, scale_K1
         num_warps=config.num_warps,
         enable_fp_fusion=False,
     )
+
+    def launch(x_NK: torch.Tensor, x_q: torch.Tensor, scale_K1: torch.Tensor) -> None:
+        meeting = torch.zeros(1 + blocks + num_columns, dtype=torch.int32, device=x_NK.device)
+        kernel(x_NK, meeting, x_q, scale_K1)
+
+    return launch
 
 
 _INT8_MAX_VALUE = tl.constexpr(INT8.max_value)

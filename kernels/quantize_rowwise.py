@@ -1,6 +1,7 @@
 # mypy: allow-untyped-defs
 """Row-wise int8 quantisation. Shapes: M rows (tokens), K features a row."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from swcompile.kernels.int8 import (
     scale_and_inverse_reference,
     with_unit_inner_stride,
 )
-from swcompile.kernels.launch import device_facts, tl, triton
+from swcompile.kernels.launch import Launcher, Plans, device_facts, tl, triton
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.tuning import Tuner, bucket
 
@@ -73,38 +74,55 @@ class RowwiseConfig(NamedTuple):
 
 def quantize_rowwise_triton(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_rowwise` by the Triton kernel: what the op does on CUDA."""
-    check_quantizer_input("quantize_rowwise", x_MK)
-    x_MK = with_unit_inner_stride(x_MK)
-    num_rows, num_columns = x_MK.shape
-    x_q_MK = torch.empty((num_rows, num_columns), dtype=torch.int8, device=x_MK.device)
-    scale_M1 = torch.empty((num_rows, 1), dtype=torch.float32, device=x_MK.device)
-    if num_rows:
-        key = (bucket(num_rows), num_columns, x_MK.dtype)
-
-        def run(config: RowwiseConfig) -> None:
-            launch(config, x_MK, x_q_MK, scale_M1)
-
-        run(TUNER.choose(key, lambda: candidates(num_columns), run, x_MK.device))
+    launch = PLANS.find([x_MK])
+    if launch is None:
+        return quantize_rowwise_triton(x_MK.contiguous())
+    x_q_MK, scale_M1 = _empty_outputs(x_MK)
+    launch(x_MK, x_q_MK, scale_M1)
     return x_q_MK, scale_M1
 
 
-def launch(config: RowwiseConfig, x_MK: torch.Tensor, x_q_MK: torch.Tensor, scale_M1: torch.Tensor) -> None:
-    """Run the kernel in the given configuration."""
+def _empty_outputs(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x_q_MK = torch.empty(x_MK.shape, dtype=torch.int8, device=x_MK.device)
+    return x_q_MK, torch.empty((x_MK.shape[0], 1), dtype=torch.float32, device=x_MK.device)
+
+
+def _prepare(x_MK: torch.Tensor) -> Callable[..., object] | None:
+    """Launches the kernel on (x, x_q, scale); None where x must be laid out anew."""
+    check_quantizer_input("quantize_rowwise", x_MK)
+    if with_unit_inner_stride(x_MK) is not x_MK:
+        return None
     num_rows, num_columns = x_MK.shape
-    arguments = (x_MK, x_q_MK, scale_M1, num_rows, num_columns, x_MK.stride(0))
+    if not num_rows:
+        return lambda *tensors: None
+    key = (bucket(num_rows), num_columns, x_MK.dtype)
+
+    def run(config: RowwiseConfig) -> None:
+        launcher(config, x_MK)(x_MK, *_empty_outputs(x_MK))
+
+    return launcher(TUNER.choose(key, lambda: candidates(num_columns), run, x_MK.device), x_MK)
+
+
+PLANS = Plans(_prepare)
+
+
+def launcher(config: RowwiseConfig, x_MK: torch.Tensor) -> Launcher:
+    """Launches the kernel on (x, x_q, scale) in the given configuration."""
+    num_rows, num_columns = x_MK.shape
+    numbers = num_rows, num_columns, x_MK.stride(0)
     if num_columns > MAX_RESIDENT_COLUMNS:
-        _quantize_long_rows_kernel[(num_rows,)](
-            *arguments, BLOCK=8192, num_warps=config.num_warps, enable_fp_fusion=False
-        )
-        return
+        options = {"BLOCK": 8192, "num_warps": config.num_warps, "enable_fp_fusion": False}
+        return Launcher(_quantize_long_rows_kernel, (num_rows,), *numbers, **options)
     rows = config.num_warps // config.warps_per_row
     width = PIECE_PER_WARP * config.warps_per_row
     num_programs = triton.cdiv(num_rows, rows)
     if config.num_stages > 1:
         programs_each = max(32 // config.num_warps, 1)
         num_programs = min(num_programs, programs_each * device_facts(x_MK.device).num_multiprocessors)
-    _quantize_rowwise_kernel[(num_programs,)](
-        *arguments,
+    return Launcher(
+        _quantize_rowwise_kernel,
+        (num_programs,),
+        *numbers,
         BLOCK_M=rows,
         WIDTH=width,
         NUM_PIECES=triton.cdiv(num_columns, width),

@@ -4,6 +4,7 @@
 Shapes: N rows (out features), K columns (in features); R rows and C columns in the order of storage.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from swcompile.kernels.int8 import (
     store_tile,
     with_unit_inner_stride,
 )
-from swcompile.kernels.launch import device_facts, tl, triton
+from swcompile.kernels.launch import Launcher, Plans, device_facts, tl, triton
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.tuning import Tuner, bucket
 
@@ -84,18 +85,22 @@ def quantize_tensorwise_work(num_rows: int, num_columns: int, itemsize: int, *, 
 def quantize_tensorwise_triton(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_tensorwise` by the Triton kernels: what the op does on CUDA."""
     x_q_NK, _, scale_11 = _quantize(x_NK, same=True, transposed=False)
+    assert x_q_NK is not None
     return x_q_NK, scale_11
 
 
 def quantize_tensorwise_transpose_triton(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_tensorwise_transpose` by the Triton kernels: what the op does on CUDA."""
     _, x_q_KN, scale_11 = _quantize(x_NK, same=False, transposed=True)
+    assert x_q_KN is not None
     return x_q_KN, scale_11
 
 
 def quantize_tensorwise_both_triton(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`quantize_tensorwise_both` by the Triton kernels: what the op does on CUDA."""
-    return _quantize(x_NK, same=True, transposed=True)
+    x_q_NK, x_q_KN, scale_11 = _quantize(x_NK, same=True, transposed=True)
+    assert x_q_NK is not None and x_q_KN is not None
+    return x_q_NK, x_q_KN, scale_11
 
 
 class TileConfig(NamedTuple):
@@ -120,65 +125,75 @@ CANDIDATES = [
 ]
 
 
-def _quantize(
-    x_NK: torch.Tensor, *, same: bool, transposed: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x_q, x_q transposed, scale); of the first two, one not asked for is empty."""
+def _quantize(x_NK: torch.Tensor, *, same: bool, transposed: bool) -> "Outputs":
+    """(x_q, x_q transposed, scale); of the first two, one not asked for is None."""
+    launch = PLANS.find([x_NK], same, transposed)
+    if launch is None:
+        if x_NK.stride(0) == 1:  # stored as its transpose: swap the two outputs instead
+            x_q_KN, x_q_NK, scale_11 = _quantize(x_NK.t(), same=transposed, transposed=same)
+            return x_q_NK, x_q_KN, scale_11
+        return _quantize(x_NK.contiguous(), same=same, transposed=transposed)
+    outputs = _empty_outputs(x_NK, same, transposed)
+    launch(x_NK, *outputs)
+    return outputs
+
+
+Outputs = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]
+
+
+def _empty_outputs(x_RC: torch.Tensor, same: bool, transposed: bool) -> Outputs:
+    num_rows, num_columns = x_RC.shape
+    x_q_RC = torch.empty((num_rows, num_columns), dtype=torch.int8, device=x_RC.device) if same else None
+    x_q_CR = torch.empty((num_columns, num_rows), dtype=torch.int8, device=x_RC.device) if transposed else None
+    return x_q_RC, x_q_CR, torch.empty((1, 1), dtype=torch.float32, device=x_RC.device)
+
+
+def _prepare(x_NK: torch.Tensor, same: bool, transposed: bool) -> Callable[..., None] | None:
+    """Launches the kernels on (x, x_q, x_q transposed, scale); None where x does not have its rows contiguous."""
     check_quantizer_input("quantize_tensorwise", x_NK)
-    if x_NK.stride(0) == 1 and x_NK.stride(1) != 1:  # stored as its transpose: swap the two outputs instead
-        x_q_KN, x_q_NK, scale_11 = _quantize(x_NK.t(), same=transposed, transposed=same)
-        return x_q_NK, x_q_KN, scale_11
-    x_NK = with_unit_inner_stride(x_NK)
+    if with_unit_inner_stride(x_NK) is not x_NK:
+        return None
     num_rows, num_columns = x_NK.shape
-    x_q_NK = torch.empty((num_rows, num_columns) if same else (0,), dtype=torch.int8, device=x_NK.device)
-    x_q_KN = torch.empty(
-        (num_columns, num_rows) if transposed else (0,), dtype=torch.int8, device=x_NK.device
-    )
-    scale_11 = torch.empty((1, 1), dtype=torch.float32, device=x_NK.device)
 
     def run(config: TileConfig) -> None:
-        launch(config, x_NK, x_q_NK if same else None, x_q_KN if transposed else None, scale_11)
+        launcher(config, x_NK, same=same, transposed=transposed)(x_NK, *_empty_outputs(x_NK, same, transposed))
 
     key = (bucket(num_rows), num_columns, x_NK.dtype, same, transposed)
-    run(TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device))
-    return x_q_NK, x_q_KN, scale_11
+    config = TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device)
+    return launcher(config, x_NK, same=same, transposed=transposed)
 
 
-def launch(
-    config: TileConfig,
-    x_RC: torch.Tensor,
-    same_RC: torch.Tensor | None,
-    transposed_CR: torch.Tensor | None,
-    scale_11: torch.Tensor,
-) -> None:
-    """Run both kernels in the given configuration; an output that is None is not written."""
+PLANS = Plans(_prepare)
+
+
+def launcher(config: TileConfig, x_RC: torch.Tensor, *, same: bool, transposed: bool) -> Callable[..., None]:
+    """Launches both kernels on (x, x_q, x_q transposed, scale) in the given configuration.
+
+    An output that is not asked for is None.
+    """
     num_rows, num_columns = x_RC.shape
     num_tiles = triton.cdiv(num_rows, config.rows) * triton.cdiv(num_columns, config.columns)
     facts = device_facts(x_RC.device)
     # The second kernel is launched while the first one runs, and waits inside (programmatic dependent launch).
     overlap = {"launch_pdl": True} if x_RC.is_cuda and facts.capability >= (9, 0) else {}
     num_absmax_tiles = triton.cdiv(num_rows, _ABSMAX_BLOCK_R) * triton.cdiv(num_columns, _ABSMAX_BLOCK_C)
-    partial_P = torch.empty(MAX_PARTIALS, dtype=torch.int32, device=x_RC.device)
     num_partials = 0
     if num_absmax_tiles:
         num_partials = triton.cdiv(num_absmax_tiles, triton.cdiv(num_absmax_tiles, MAX_PARTIALS))  # as many tiles each
-        _absmax_kernel[(num_partials,)](
-            x_RC,
-            partial_P,
-            num_rows,
-            num_columns,
-            x_RC.stride(0),
-            _ABSMAX_BLOCK_R,
-            _ABSMAX_BLOCK_C,
-            OVERLAP=bool(overlap),
-            num_warps=_ABSMAX_WARPS,
-        )
-    _quantize_tiles_kernel[(max(min(num_tiles, 16 * facts.num_multiprocessors), 1),)](
-        x_RC,
-        partial_P,
-        same_RC,
-        transposed_CR,
-        scale_11,
+    find_absmax = Launcher(
+        _absmax_kernel,
+        (num_partials,),
+        num_rows,
+        num_columns,
+        x_RC.stride(0),
+        BLOCK_R=_ABSMAX_BLOCK_R,
+        BLOCK_C=_ABSMAX_BLOCK_C,
+        OVERLAP=bool(overlap),
+        num_warps=_ABSMAX_WARPS,
+    )
+    quantize = Launcher(
+        _quantize_tiles_kernel,
+        (max(min(num_tiles, 16 * facts.num_multiprocessors), 1),),
         num_partials,
         num_rows,
         num_columns,
@@ -186,14 +201,27 @@ def launch(
         BLOCK_R=config.rows,
         BLOCK_C=config.columns,
         MAX_PARTIALS=MAX_PARTIALS,
-        SAME=same_RC is not None,
-        TRANSPOSED=transposed_CR is not None,
+        SAME=same,
+        TRANSPOSED=transposed,
         LOADS_EARLY=config.loads_early,
         OVERLAP=bool(overlap),
         num_warps=config.num_warps,
         enable_fp_fusion=False,
         **overlap,
     )
+
+    def launch(
+        x_RC: torch.Tensor,
+        same_RC: torch.Tensor | None,
+        transposed_CR: torch.Tensor | None,
+        scale_11: torch.Tensor,
+    ) -> None:
+        partial_P = torch.empty(MAX_PARTIALS, dtype=torch.int32, device=x_RC.device)
+        if num_partials:
+            find_absmax(x_RC, partial_P)
+        quantize(x_RC, partial_P, same_RC, transposed_CR, scale_11)
+
+    return launch
 
 
 _ABSMAX_BLOCK_R, _ABSMAX_BLOCK_C, _ABSMAX_WARPS = 64, 256, 8

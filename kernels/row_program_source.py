@@ -90,11 +90,10 @@ class _Writer:
 
     def write(self) -> str:
         program = self.program
-        arguments = []
-        for number, value in enumerate(program.inputs):
-            arguments += [f"in{number}", f"stride{number}"] if value.shape is Shape.MATRIX else [f"in{number}"]
+        arguments = [f"in{number}" for number in range(len(program.inputs))]
         for number, output in enumerate(program.outputs):
             arguments += [f"out{number}"] + ([f"scale{number}"] if output.action is Action.QUANTIZE else [])
+        arguments += [f"stride{n}" for n, value in enumerate(program.inputs) if value.shape is Shape.MATRIX]
         header = _HEADER.format(program=program, arguments=", ".join(arguments))
         sums = [number for number, output in enumerate(program.outputs) if output.action is Action.SUM_ROWS]
         for number in sums:

@@ -5,7 +5,7 @@ Shapes: M rows, K features a row.
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache, partial
 from itertools import product
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from swcompile.kernels.launch import INTERPRETED, device_facts, resident_programs, triton
+from swcompile.kernels.launch import INTERPRETED, Launcher, device_facts, resident_programs, triton
 from swcompile.kernels.row_program import POINTWISE, Action, RowProgram, Shape, matrix_size
 from swcompile.kernels.row_program_source import source
 
@@ -56,43 +56,45 @@ class RowConfig(NamedTuple):
         return self.num_warps // self.warps_per_row
 
 
-def launch(
-    inputs: Sequence[torch.Tensor],
-    program: RowProgram,
-    outputs: Sequence[torch.Tensor],
-    config: RowConfig | None = None,
-) -> None:
-    """Run a program by its kernel.
+def launcher(
+    inputs: Sequence[torch.Tensor], program: RowProgram, config: RowConfig | None = None
+) -> Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None]:
+    """Runs a program by its kernel, on (inputs like these, contiguous outputs to be written).
 
     Args:
         inputs: matrices [M, K] with rows contiguous in themselves, columns [M, 1], rows [K], as many as the program has.
         program: what to compute.
-        outputs: contiguous tensors, written.
         config: how; left out, what `chosen` says. Nothing is timed.
     """
     num_rows, num_columns = matrix_size(inputs, program)
+    device = inputs[0].device
     if config is None:
-        if _pending and (compiling := _pending.pop((program, num_columns, inputs[0].device), None)):
+        if _pending and (compiling := _pending.pop((program, num_columns, device), None)):
             wait([compiling])  # if it failed, the launch shows how
-        config = chosen(program, num_columns, inputs[0].device)
-    pointers: list[Any] = []
-    for tensor, value in zip(inputs, program.inputs, strict=True):
-        pointers += [tensor, tensor.stride(0)] if value.shape is Shape.MATRIX else [tensor]
-    actions = _actions(program)
-    totals = [tensor for tensor, action in zip(outputs, actions, strict=True) if action is Action.SUM_ROWS]
+        config = chosen(program, num_columns, device)
     num_programs = triton.cdiv(num_rows, config.rows)
-    if totals:
-        resident = _resident_programs(program, config, num_columns, num_rows % config.rows == 0, inputs[0].device)
+    if program.sums:
+        resident = _resident_programs(program, config, num_columns, num_rows % config.rows == 0, device)
         num_programs = min(num_programs, resident)
-    partial = inputs[0].new_empty((len(totals), num_programs, num_columns), dtype=torch.float32)
-    parts = iter(partial)
-    pointers += [next(parts) if action is Action.SUM_ROWS else t for t, action in zip(outputs, actions, strict=True)]
-    kernels = _kernels(program, config, num_columns, inputs[0].device)
-    overlap = _overlaps(inputs[0].device)
-    kernels.row_kernel[(num_programs,)](*pointers, num_rows, **_options(config, num_rows, num_columns, overlap))
-    if totals:
-        grid = (triton.cdiv(num_columns, _SUM_COLUMNS), len(totals))
-        kernels.sum_kernel[grid](partial, *totals, num_programs, **_sum_options(num_columns, overlap))
+    kernels, overlap = _kernels(program, config, num_columns, device), _overlaps(device)
+    strides = [t.stride(0) for t, value in zip(inputs, program.inputs, strict=True) if value.shape is Shape.MATRIX]
+    rows = Launcher(
+        kernels.row_kernel, (num_programs,), *strides, num_rows, **_options(config, num_rows, num_columns, overlap)
+    )
+    if not program.sums:
+        return lambda inputs, outputs: rows(*inputs, *outputs)
+    grid = (triton.cdiv(num_columns, _SUM_COLUMNS), len(program.sums))
+    sums = Launcher(kernels.sum_kernel, grid, num_programs, **_sum_options(num_columns, overlap))
+    is_total = [action is Action.SUM_ROWS for action in _actions(program)]
+
+    def launch(inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+        partial = torch.empty((len(program.sums), num_programs, num_columns), dtype=torch.float32, device=device)
+        parts = iter(partial.unbind())
+        written = [next(parts) if total else tensor for tensor, total in zip(outputs, is_total, strict=True)]
+        rows(*inputs, *written)
+        sums(partial, *[tensor for tensor, total in zip(outputs, is_total, strict=True) if total])
+
+    return launch
 
 
 _compilers = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="row program")
@@ -196,12 +198,12 @@ def _compile(
     """Compile the kernels of a program for inputs that are aligned, as most are; returns the compiled `row_kernel`."""
     kernels = _kernels(program, config, num_columns, device)
     pointers: list[Any] = []
-    for value in program.inputs:
-        pointers += [value.dtype, num_columns] if value.shape is Shape.MATRIX else [value.dtype]
+    pointers += [value.dtype for value in program.inputs]
     for output in program.outputs:
         stored = program.value(output.ref).dtype
         dtypes = {Action.STORE: [stored], Action.QUANTIZE: [torch.int8, torch.float32], Action.SUM_ROWS: [torch.float32]}
         pointers += dtypes[output.action]
+    pointers += [num_columns for value in program.inputs if value.shape is Shape.MATRIX]
     num_rows, overlap = config.rows if even_rows else config.rows + 1, _overlaps(device)
     with torch.cuda.device(device):
         if program.sums:
@@ -210,21 +212,20 @@ def _compile(
         return kernels.row_kernel.warmup(*pointers, num_rows, **_options(config, num_rows, num_columns, overlap), grid=(1,))
 
 
-def empty_outputs(inputs: Sequence[torch.Tensor], program: RowProgram) -> list[torch.Tensor]:
-    """Tensors for what a program gives, contiguous and not yet written."""
+def output_kinds(inputs: Sequence[torch.Tensor], program: RowProgram) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of each tensor that a program gives."""
     num_rows, num_columns = matrix_size(inputs, program)
-    results = []
+    kinds: list[tuple[tuple[int, ...], torch.dtype]] = []
     for output in program.outputs:
         value = program.value(output.ref)
         if output.action is Action.STORE:
-            width = num_columns if value.shape is Shape.MATRIX else 1
-            results.append(inputs[0].new_empty((num_rows, width), dtype=value.dtype))
+            kinds.append(((num_rows, num_columns if value.shape is Shape.MATRIX else 1), value.dtype))
         elif output.action is Action.QUANTIZE:
-            results.append(inputs[0].new_empty((num_rows, num_columns), dtype=torch.int8))
-            results.append(inputs[0].new_empty((num_rows, 1), dtype=torch.float32))
+            kinds += [((num_rows, num_columns), torch.int8), ((num_rows, 1), torch.float32)]
         else:
-            results.append(inputs[0].new_empty((num_columns,), dtype=output.dtype))
-    return results
+            assert output.dtype is not None
+            kinds.append(((num_columns,), output.dtype))
+    return kinds
 
 
 @cache

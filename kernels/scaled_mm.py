@@ -3,6 +3,7 @@
 Shapes: M rows of A (tokens), N rows of B (out features), K the summed dimension.
 """
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from swcompile.kernels import scaled_mm_kernels
+from swcompile.kernels.launch import Plans
 from swcompile.kernels.library import Work, define_op
-from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_tma, launch
+from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_tma, launcher
 from swcompile.kernels.tuning import Tuner, bucket
 
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -88,27 +90,47 @@ def scaled_mm_triton(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """`scaled_mm` by a Triton kernel: what the op does on CUDA."""
-    _check_dtypes(a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N, out_dtype)
-    _check_shapes(a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N)
+    operands = a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N
+    launch = PLANS.find(operands, out_dtype)
+    if launch is None:
+        matrices = a_q_MK.contiguous(), b_q_NK.contiguous()
+        bias_N = None if bias_N is None else bias_N.contiguous()
+        return scaled_mm_triton(*matrices, scale_a_M1.contiguous(), scale_b.contiguous(), bias_N, out_dtype)
+    out_MN = torch.empty((a_q_MK.shape[0], b_q_NK.shape[0]), dtype=out_dtype, device=a_q_MK.device)
+    launch(*operands, out_MN)
+    return out_MN
+
+
+def _prepare(
+    a_q_MK: torch.Tensor,
+    b_q_NK: torch.Tensor,
+    scale_a_M1: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> Callable[..., None] | None:
+    """Launches the kernel on the five operands and the result; None where one must be laid out anew."""
+    operands = a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N
+    _check_dtypes(*operands, out_dtype)
+    _check_shapes(*operands)
+    if not all(t is None or t.is_contiguous() for t in operands):
+        return None
     (num_rows, num_summed), num_columns = a_q_MK.shape, b_q_NK.shape[0]
     out_MN = torch.empty((num_rows, num_columns), dtype=out_dtype, device=a_q_MK.device)
     if out_MN.numel() == 0:
-        return out_MN
-    a_q_MK, b_q_NK = a_q_MK.contiguous(), b_q_NK.contiguous()
-    scale_a_M1, scale_b = scale_a_M1.contiguous(), scale_b.contiguous()
-    bias_N = None if bias_N is None else bias_N.contiguous()
+        return lambda *tensors: None
 
     def run(config: MatmulConfig) -> None:
-        launch(config, a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N, out_MN)
+        launcher(config, *operands, out_MN)(*operands, out_MN)
 
     tma_fits = fits_tma(a_q_MK, b_q_NK, out_MN)
     flags = (bias_N is not None, scale_b.numel() > 1, tma_fits)
     key = (bucket(num_rows), num_columns, num_summed, out_dtype, *flags)
     device = a_q_MK.device
-    run(TUNER.choose(key, lambda: candidates(device, tma_fits), run, device))
-    return out_MN
+    return launcher(TUNER.choose(key, lambda: candidates(device, tma_fits), run, device), *operands, out_MN)
 
 
+PLANS = Plans(_prepare)
 TUNER: Tuner[MatmulConfig] = Tuner(
     "scaled_mm", [scaled_mm_kernels.__file__, str(Path(__file__).with_name("scaled_mm_wgmma.py"))]
 )

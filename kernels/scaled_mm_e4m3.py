@@ -3,15 +3,17 @@
 Shapes: M rows of A, N rows of B (channels of one and the other side of a layer), K the summed dimension (tokens).
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from swcompile.kernels import scaled_mm_kernels
 from swcompile.kernels.formats import E4M3
+from swcompile.kernels.launch import Plans
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.scaled_mm import OUTPUT_DTYPES, scaled_mm_work
-from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_tma, launch
+from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_tma, launcher
 from swcompile.kernels.tuning import Tuner, bucket
 
 
@@ -70,26 +72,46 @@ def scaled_mm_e4m3_triton(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """`scaled_mm_e4m3` by a Triton kernel: what the op does on CUDA."""
-    _check_dtypes(a_q_MK, b_q_NK, scale_a_M1, scale_b_N1, out_dtype)
-    _check_shapes(a_q_MK, b_q_NK, scale_a_M1, scale_b_N1)
+    operands = a_q_MK, b_q_NK, scale_a_M1, scale_b_N1
+    launch = PLANS.find(operands, out_dtype)
+    if launch is None:
+        matrices = a_q_MK.contiguous(), b_q_NK.contiguous()
+        return scaled_mm_e4m3_triton(*matrices, scale_a_M1.contiguous(), scale_b_N1.contiguous(), out_dtype)
+    out_MN = torch.empty((a_q_MK.shape[0], b_q_NK.shape[0]), dtype=out_dtype, device=a_q_MK.device)
+    launch(*operands, None, out_MN)
+    return out_MN
+
+
+def _prepare(
+    a_q_MK: torch.Tensor,
+    b_q_NK: torch.Tensor,
+    scale_a_M1: torch.Tensor,
+    scale_b_N1: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> Callable[..., None] | None:
+    """Launches the kernel on the four operands, None and the result; None where an operand must be laid out anew."""
+    operands = a_q_MK, b_q_NK, scale_a_M1, scale_b_N1
+    _check_dtypes(*operands, out_dtype)
+    _check_shapes(*operands)
+    if not all(t.is_contiguous() for t in operands):
+        return None
     (num_rows, num_summed), num_columns = a_q_MK.shape, b_q_NK.shape[0]
     out_MN = torch.empty((num_rows, num_columns), dtype=out_dtype, device=a_q_MK.device)
     if out_MN.numel() == 0:
-        return out_MN
-    a_q_MK, b_q_NK = a_q_MK.contiguous(), b_q_NK.contiguous()
-    scale_a_M1, scale_b_N1 = scale_a_M1.contiguous(), scale_b_N1.contiguous()
+        return lambda *tensors: None
 
     def run(config: MatmulConfig) -> None:
-        launch(config, a_q_MK, b_q_NK, scale_a_M1, scale_b_N1, None, out_MN)
+        launcher(config, *operands, None, out_MN)(*operands, None, out_MN)
 
     tma_fits = fits_tma(a_q_MK, b_q_NK, out_MN)
     # Tokens are what varies from call to call here.
     key = (bucket(num_summed), num_rows, num_columns, out_dtype, tma_fits)
     device = a_q_MK.device
-    run(TUNER.choose(key, lambda: candidates(device, tma_fits, E4M3.dtype), run, device))
-    return out_MN
+    config = TUNER.choose(key, lambda: candidates(device, tma_fits, E4M3.dtype), run, device)
+    return launcher(config, *operands, None, out_MN)
 
 
+PLANS = Plans(_prepare)
 TUNER: Tuner[MatmulConfig] = Tuner(
     "scaled_mm_e4m3",
     [scaled_mm_kernels.__file__]

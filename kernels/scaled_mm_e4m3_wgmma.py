@@ -7,6 +7,8 @@ sums leave registers for 192 columns, which no tensor of Triton's has: a tile is
 Shapes: M rows of A, N rows of B, K the summed dimension.
 """
 
+from collections.abc import Callable
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,33 +20,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from swcompile.kernels.launch import Launcher
 from swcompile.kernels.scaled_mm_kernels import MatmulConfig
-from swcompile.kernels.scaled_mm_wgmma import async_load, descriptor, store, tile_start
+from swcompile.kernels.scaled_mm_wgmma import async_load, described, store, tile_start
 
 PRODUCTS = 512
 """Added in 14 bits: 16 roundings down by at most 2^-13, where e4m3 itself rounds by up to 2^-4."""
 
 
-def launch_e4m3_wgmma(
+def e4m3_wgmma_launcher(
     config: MatmulConfig,
     num_programs: int,
     a_q_MK: torch.Tensor,
     b_q_NK: torch.Tensor,
-    scale_a_M1: torch.Tensor,
-    scale_b_N1: torch.Tensor,
-    out_MN: torch.Tensor,
-) -> None:
-    """Run the kernel on contiguous operands whose rows start at multiples of 16 bytes, one tile a program at least."""
+) -> Callable[..., None]:
+    """Launches the kernel on operands like these (a, b, scale_a, scale_b, None, out).
+
+    They are contiguous, their rows start at multiples of 16 bytes, and there is one tile a program at least.
+    """
     (num_rows, num_summed), num_columns = a_q_MK.shape, b_q_NK.shape[0]
-    left, right = columns_of(config)
-    e4m3_wgmma_kernel[(num_programs,)](
-        descriptor(a_q_MK, config.block_m, config.block_k),
-        descriptor(b_q_NK, left, config.block_k),
-        descriptor(b_q_NK, right, config.block_k),
-        descriptor(out_MN, config.block_m // 2, left),
-        descriptor(out_MN, config.block_m // 2, right),
-        scale_a_M1,
-        scale_b_N1,
+    kernel = Launcher(
+        e4m3_wgmma_kernel,
+        (num_programs,),
         num_rows,
         num_columns,
         num_summed,
@@ -52,6 +49,18 @@ def launch_e4m3_wgmma(
         num_warps=config.num_warps,
         enable_fp_fusion=False,  # rounds as the reference does
     )
+    left, right = columns_of(config)
+    describe_a = described(config.block_m, config.block_k)
+    describe_left, describe_right = described(left, config.block_k), described(right, config.block_k)
+    describe_out_left, describe_out_right = described(config.block_m // 2, left), described(config.block_m // 2, right)
+
+    def launch(
+        a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, _: None, out: torch.Tensor
+    ) -> None:
+        outs = describe_out_left(out), describe_out_right(out)
+        kernel(describe_a(a), describe_left(b), describe_right(b), *outs, scale_a, scale_b)
+
+    return launch
 
 
 def columns_of(config: MatmulConfig) -> tuple[int, int]:

@@ -6,12 +6,13 @@ e4m3 have each their own of, in `scaled_mm_wgmma.py` and `scaled_mm_e4m3_wgmma.p
 Shapes: M rows of A, N rows of B, K the summed dimension.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from swcompile.kernels.launch import INTERPRETED, device_facts, tl, triton
+from swcompile.kernels.launch import INTERPRETED, Described, Launcher, device_facts, tl, triton
 
 
 class MatmulConfig(NamedTuple):
@@ -107,7 +108,7 @@ def fits_tma(a_q_MK: torch.Tensor, b_q_NK: torch.Tensor, out_MN: torch.Tensor) -
     )
 
 
-def launch(
+def launcher(
     config: MatmulConfig,
     a_q_MK: torch.Tensor,
     b_q_NK: torch.Tensor,
@@ -115,43 +116,25 @@ def launch(
     scale_b: torch.Tensor,
     bias_N: torch.Tensor | None,
     out_MN: torch.Tensor,
-) -> None:
-    """Run one of the kernels in the given configuration on contiguous operands."""
+) -> Callable[..., None]:
+    """Launches one of the kernels in the given configuration on contiguous operands like these, given in this order."""
     (num_rows, num_summed), num_columns = a_q_MK.shape, b_q_NK.shape[0]
     num_programs = triton.cdiv(num_rows, config.block_m) * triton.cdiv(num_columns, config.block_n)
     if config.kernel != "pointers":
         num_multiprocessors = device_facts(a_q_MK.device).num_multiprocessors
         num_programs = min(num_programs, config.programs_each * num_multiprocessors)
     if config.kernel == "wgmma" and a_q_MK.dtype != torch.int8:
-        from swcompile.kernels.scaled_mm_e4m3_wgmma import launch_e4m3_wgmma
+        from swcompile.kernels.scaled_mm_e4m3_wgmma import e4m3_wgmma_launcher
 
-        launch_e4m3_wgmma(config, num_programs, a_q_MK, b_q_NK, scale_a_M1, scale_b, out_MN)
-        return
+        return e4m3_wgmma_launcher(config, num_programs, a_q_MK, b_q_NK)
     if config.kernel == "wgmma":
-        from swcompile.kernels.scaled_mm_wgmma import launch_wgmma
+        from swcompile.kernels.scaled_mm_wgmma import wgmma_launcher
 
-        launch_wgmma(config, num_programs, a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N, out_MN)
-        return
-    operands: tuple[object, ...] = (a_q_MK, b_q_NK, out_MN)
-    kernel, schedule = _pointer_kernel, {}
-    if config.kernel == "tma":
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        blocks = (
-            [config.block_m, config.block_k],
-            [config.block_n, config.block_k],
-            [config.block_m, config.block_n // config.num_stores],
-        )
-        operands = tuple(
-            TensorDescriptor(tensor, tensor.shape, (tensor.shape[1], 1), block)
-            for tensor, block in zip((a_q_MK, b_q_NK, out_MN), blocks, strict=True)
-        )
-        kernel, schedule = _tma_kernel, {"NUM_STORES": config.num_stores}
-    kernel[(num_programs,)](
-        *operands,
-        scale_a_M1,
-        scale_b,
-        bias_N,
+        return wgmma_launcher(config, num_programs, a_q_MK, b_q_NK, scale_b, bias_N)
+    is_tma = config.kernel == "tma"
+    kernel = Launcher(
+        _tma_kernel if is_tma else _pointer_kernel,
+        (num_programs,),
         num_rows,
         num_columns,
         num_summed,
@@ -162,11 +145,25 @@ def launch(
         HAS_BIAS=bias_N is not None,
         SCALE_PER_COLUMN=scale_b.numel() > 1,
         E4M3=a_q_MK.dtype != torch.int8,
-        **schedule,
+        **({"NUM_STORES": config.num_stores} if is_tma else {}),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=False,  # acc * scale + bias rounds twice, like the reference
     )
+    if not is_tma:
+        return lambda a, b, scale_a, scale_b, bias, out: kernel(a, b, out, scale_a, scale_b, bias)
+    describe_a, describe_b = _described(config.block_m, config.block_k), _described(config.block_n, config.block_k)
+    describe_out = _described(config.block_m, config.block_n // config.num_stores)
+    return lambda a, b, scale_a, scale_b, bias, out: kernel(
+        describe_a(a), describe_b(b), describe_out(out), scale_a, scale_b, bias
+    )
+
+
+def _described(rows: int, columns: int) -> Described:
+    """Makes descriptors by which tiles of a contiguous matrix are moved."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return Described(lambda tensor: TensorDescriptor(tensor, tensor.shape, (tensor.shape[1], 1), [rows, columns]))
 
 
 @triton.jit

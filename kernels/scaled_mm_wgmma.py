@@ -15,6 +15,7 @@ Each stage has two barriers: `loaded` is completed by the bytes of both operands
 have multiplied with them. Shapes: M rows of A, N rows of B, K the summed dimension.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -29,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from swcompile.kernels.launch import Described, Launcher
 from swcompile.kernels.scaled_mm_kernels import MatmulConfig
 
 # Triton 3.9 renamed both.
@@ -36,25 +38,22 @@ async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_gl
 async_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 
-def launch_wgmma(
+def wgmma_launcher(
     config: MatmulConfig,
     num_programs: int,
     a_q_MK: torch.Tensor,
     b_q_NK: torch.Tensor,
-    scale_a_M1: torch.Tensor,
     scale_b: torch.Tensor,
     bias_N: torch.Tensor | None,
-    out_MN: torch.Tensor,
-) -> None:
-    """Run the kernel on contiguous operands whose rows start at multiples of 16 bytes, one tile a program at least."""
+) -> Callable[..., None]:
+    """Launches the kernel on operands like these (a, b, scale_a, scale_b, bias, out).
+
+    They are contiguous, their rows start at multiples of 16 bytes, and there is one tile a program at least.
+    """
     (num_rows, num_summed), num_columns = a_q_MK.shape, b_q_NK.shape[0]
-    wgmma_kernel[(num_programs,)](
-        descriptor(a_q_MK, config.block_m, config.block_k),
-        descriptor(b_q_NK, config.block_n, config.block_k),
-        descriptor(out_MN, config.block_m // 2, config.block_n // config.num_stores),
-        scale_a_M1,
-        scale_b,
-        bias_N,
+    kernel = Launcher(
+        wgmma_kernel,
+        (num_programs,),
         num_rows,
         num_columns,
         num_summed,
@@ -70,11 +69,21 @@ def launch_wgmma(
         num_warps=config.num_warps,
         enable_fp_fusion=False,  # acc * scale + bias rounds twice, like the reference
     )
+    describe_a, describe_b = described(config.block_m, config.block_k), described(config.block_n, config.block_k)
+    describe_out = described(config.block_m // 2, config.block_n // config.num_stores)
+    return lambda a, b, scale_a, scale_b, bias, out: kernel(
+        describe_a(a), describe_b(b), describe_out(out), scale_a, scale_b, bias
+    )
 
 
-def descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    layout = layout_of(rows, columns, tensor.element_size())
-    return TensorDescriptor(tensor, tensor.shape, (tensor.shape[1], 1), [rows, columns], layout)
+def described(rows: int, columns: int) -> Described:
+    """Makes descriptors by which tiles of a contiguous matrix are moved."""
+
+    def describe(tensor: torch.Tensor) -> TensorDescriptor:
+        layout = layout_of(rows, columns, tensor.element_size())
+        return TensorDescriptor(tensor, tensor.shape, (tensor.shape[1], 1), [rows, columns], layout)
+
+    return Described(describe)
 
 
 @cache

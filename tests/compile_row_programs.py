@@ -53,14 +53,13 @@ def signature_of(program: RowProgram) -> dict[str, str]:
     types = {}
     for number, value in enumerate(program.inputs):
         types[f"in{number}"] = POINTERS[value.dtype]
-        if value.shape is Shape.MATRIX:
-            types[f"stride{number}"] = "i32"
     for number, output in enumerate(program.outputs):
         stored = POINTERS[program.value(output.ref).dtype]
         types[f"out{number}"] = {Action.STORE: stored, Action.QUANTIZE: "*i8", Action.SUM_ROWS: "*fp32"}[output.action]
         if output.action is Action.QUANTIZE:
             types[f"scale{number}"] = "*fp32"
-    return types | {"num_rows": "i32"}
+    strides = {f"stride{n}": "i32" for n, value in enumerate(program.inputs) if value.shape is Shape.MATRIX}
+    return types | strides | {"num_rows": "i32"}
 
 
 def compile_for(

@@ -16,7 +16,7 @@ from swcompile.kernels.map_rows import map_rows_reference, map_rows_triton
 from swcompile.kernels.quantize_rowwise import quantize_rowwise_reference
 from swcompile.kernels.row_program import POINTWISE, Action, Output, parse
 from swcompile.kernels.row_program_source import source
-from swcompile.kernels.row_program_triton import MAX_COLUMNS, MAX_ELEMENTS, RowConfig, candidates, launch
+from swcompile.kernels.row_program_triton import MAX_COLUMNS, MAX_ELEMENTS, RowConfig, candidates, launcher
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernel runs in Triton's interpreter on the latter
 DTYPES = ["f16", "f32"] + (["bf16"] if DEVICE == "cuda" else [])  # the interpreter cuts bits off in a cast to bfloat16
@@ -71,7 +71,7 @@ def test_every_configuration_gives_the_same(name: str) -> None:
         results = []
         for config in candidates(program, num_columns):
             outputs = [torch.empty_like(out) for out in map_rows_reference(inputs, text)]
-            launch(inputs, program, outputs, config)
+            launcher(inputs, program, config)(inputs, outputs)
             results.append(outputs)
         assert len(results) >= 2
         for other in results[1:]:

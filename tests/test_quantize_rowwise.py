@@ -8,7 +8,7 @@ from swcompile.kernels.quantize_rowwise import (
     QUANTIZE_ROWWISE,
     RowwiseConfig,
     candidates,
-    launch,
+    launcher,
     quantize_rowwise,
     quantize_rowwise_reference,
     quantize_rowwise_triton,
@@ -152,7 +152,7 @@ def test_every_configuration_gives_the_same_bits(num_columns):
     assert 1 <= len(configs) <= 8
     for config in [*configs, RowwiseConfig(1, 2, num_stages=3)]:
         x_q, scale = torch.full_like(expected[0], -1), torch.full_like(expected[1], -1)
-        launch(config, x, x_q, scale)
+        launcher(config, x)(x, x_q, scale)
         assert_same_bits((x_q, scale), expected)
 
 

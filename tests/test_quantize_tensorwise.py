@@ -10,7 +10,7 @@ from swcompile.kernels.quantize_tensorwise import (
     QUANTIZE_TENSORWISE_BOTH,
     QUANTIZE_TENSORWISE_TRANSPOSE,
     TileConfig,
-    launch,
+    launcher,
     quantize_tensorwise,
     quantize_tensorwise_both,
     quantize_tensorwise_reference,
@@ -132,7 +132,8 @@ def launch_config(config: TileConfig, x: torch.Tensor, op: str) -> tuple[torch.T
     same = torch.full(x.shape, -1, dtype=torch.int8, device=x.device) if op != OPS[1] else None
     transposed = torch.full(x.t().shape, -1, dtype=torch.int8, device=x.device) if op != OPS[0] else None
     scale = torch.full((1, 1), -1.0, device=x.device)
-    launch(config, x, same, transposed, scale)
+    launch = launcher(config, x, same=same is not None, transposed=transposed is not None)
+    launch(x, same, transposed, scale)
     return tuple(t for t in (same, transposed, scale) if t is not None)
 
 

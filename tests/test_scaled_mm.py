@@ -21,7 +21,7 @@ from swcompile.kernels.scaled_mm_kernels import (
     MatmulConfig,
     fits_tma,
     has_wgmma,
-    launch,
+    launcher,
 )
 from swcompile.kernels.tuning import num_tunings
 
@@ -111,7 +111,7 @@ def test_every_configuration_gives_the_same_bits(config):
     arguments = (*operands, torch.randn(272, device=DEVICE), torch.bfloat16)
     out = torch.full((70, 272), torch.nan, dtype=torch.bfloat16, device=DEVICE)
     skip_unless_it_runs_here(config, *operands[:2], out)
-    launch(config, *arguments[:-1], out)
+    launcher(config, *arguments[:-1], out)(*arguments[:-1], out)
     assert torch.equal(out, expected_of_kernel(*arguments))
 
 
@@ -220,9 +220,10 @@ def test_every_configuration_on_many_tiles(config):
     expected = scaled_mm_reference(*operands, bias, torch.bfloat16)
     out = torch.empty_like(expected)
     skip_unless_it_runs_here(config, *operands[:2], out)
+    launch = launcher(config, *operands, bias, out)
     for _ in range(20):  # a race between copies and multiplications need not show at once
         out.fill_(torch.nan)
-        launch(config, *operands, bias, out)
+        launch(*operands, bias, out)
         assert torch.equal(out, expected)
 
 
@@ -255,7 +256,7 @@ def test_large(config, per_column, bias_dtype, out_dtype):
         out = torch.full_like(expected, torch.nan)
         if config.kernel == "pointers" or fits_tma(*operands[:2], out):
             skip_unless_it_runs_here(config, *operands[:2], out)
-            launch(config, *operands, bias, out)
+            launcher(config, *operands, bias, out)(*operands, bias, out)
             assert torch.equal(out, expected)
 
 

@@ -28,8 +28,8 @@ from swcompile.kernels.scaled_mm_kernels import (
     candidates,
     fits_tma,
     has_wgmma,
+    launcher,
 )
-from swcompile.kernels.scaled_mm_kernels import launch as launch_matmul
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernels run in Triton's interpreter on the latter
 IMPLEMENTATIONS = [quantize_columnwise_transpose_e4m3_reference, quantize_columnwise_transpose_e4m3_triton]
@@ -146,9 +146,11 @@ def check_configuration(config: MatmulConfig, *shape: int) -> None:
         pytest.skip("needs a Hopper GPU; Triton's interpreter does not know Gluon")
     expected = scaled_mm_e4m3_reference(*arguments, scale_a, scale_b, torch.float32)
     atol = OFF_BY * expected.abs().max().item()
+    tensors = *arguments, scale_a, scale_b, None, out
+    launch = launcher(config, *tensors)
     for _ in range(20 if DEVICE == "cuda" else 1):  # a race between copies and multiplications need not show at once
         out.fill_(torch.nan)
-        launch_matmul(config, *arguments, scale_a, scale_b, None, out)
+        launch(*tensors)
         torch.testing.assert_close(out.float(), expected, rtol=2 * torch.finfo(out.dtype).eps, atol=atol)
 
 
@@ -171,7 +173,7 @@ def test_float32_results(config):
     out = torch.full((300, 400), torch.nan, device=DEVICE)
     if not has_wgmma(out.device):
         pytest.skip("needs a Hopper GPU")
-    launch_matmul(config, *arguments, scale_a, scale_b, None, out)
+    launcher(config, *arguments, scale_a, scale_b, None, out)(*arguments, scale_a, scale_b, None, out)
     expected = scaled_mm_e4m3_reference(*arguments, scale_a, scale_b, torch.float32)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=OFF_BY * expected.abs().max().item())
 
