@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from swcompile.kernels.int8 import with_unit_inner_stride
-from swcompile.kernels.launch import Launcher, Plans, tl, triton
+from swcompile.kernels.launch import Launcher, Plans, empty, tl, triton
 from swcompile.kernels.library import Work, define_op
 
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -49,7 +49,7 @@ def dequantize_triton(x_q_MK: torch.Tensor, scale: torch.Tensor, dtype: torch.dt
     launch = PLANS.find([x_q_MK, scale], dtype)
     if launch is None:
         return dequantize_triton(x_q_MK.contiguous(), scale, dtype)
-    out_MK = torch.empty(x_q_MK.shape, dtype=dtype, device=x_q_MK.device)
+    out_MK = empty(x_q_MK.shape, dtype, x_q_MK.device)
     launch(x_q_MK, scale, out_MK)
     return out_MK
 

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
+from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 
 from swcompile.kernels.formats import INT8, NumberFormat
 
@@ -113,6 +114,16 @@ def require_supported_gpu(index: int, number_format: NumberFormat = INT8) -> Non
             f"swcompile's {number_format.name} kernels need compute capability {wanted} ({_ARCHITECTURES[oldest]}) or later; "
             f"{facts.name} (cuda:{index}) has {found}. Run on a newer GPU, or {way_out}."
         )
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``torch.empty``, for a CUDA device that is the current one by the way of Inductor's own code, four times as fast."""
+    if device.type != "cuda":
+        return torch.empty(shape, dtype=dtype, device=device)
+    strides = [1] * len(shape)
+    for i in range(len(shape) - 1, 0, -1):
+        strides[i - 1] = strides[i] * max(shape[i], 1)
+    return _empty_strided_cuda(shape, tuple(strides), dtype)
 
 
 Plan = TypeVar("Plan")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from swcompile.kernels.int8 import with_unit_inner_stride
-from swcompile.kernels.launch import Plans
+from swcompile.kernels.launch import Plans, empty
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.quantize_rowwise import quantize_rowwise_reference
 from swcompile.kernels.row_program import (
@@ -87,7 +87,7 @@ def map_rows_triton(inputs: Sequence[torch.Tensor], program: str) -> list[torch.
     if plan.launch is None:
         return map_rows_triton(_readable(inputs, parse(program)), program)
     device = inputs[0].device
-    outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.outputs]
+    outputs = [empty(shape, dtype, device) for shape, dtype in plan.outputs]
     plan.launch(inputs, outputs)
     return outputs
 

@@ -22,7 +22,7 @@ from swcompile.kernels.int8 import (
     store_tile,
     with_unit_inner_stride,
 )
-from swcompile.kernels.launch import Launcher, Plans, device_facts, tl, triton
+from swcompile.kernels.launch import Launcher, Plans, device_facts, empty, tl, triton
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.quantize_rowwise import quantize_rowwise_reference, quantize_rowwise_triton
 from swcompile.kernels.tuning import Tuner, bucket
@@ -109,7 +109,7 @@ def quantize_columnwise_transpose_e4m3_triton(x_NK: torch.Tensor) -> tuple[torch
     check_quantizer_input("quantize_columnwise_transpose_e4m3", x_NK)
     num_rows, num_columns = x_NK.shape
     if num_rows == 0:
-        x_q_KP = torch.empty((num_columns, 0), dtype=E4M3.dtype, device=x_NK.device)
+        x_q_KP = empty((num_columns, 0), E4M3.dtype, x_NK.device)
         return x_q_KP, scale_and_inverse_reference(x_NK.new_zeros((num_columns, 1), dtype=torch.float32), E4M3)[0]
     return _quantize(with_unit_inner_stride(x_NK), padded(num_rows), E4M3.dtype)
 
@@ -124,8 +124,8 @@ def _quantize(x_NK: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch
 
 def _empty_outputs(x_NK: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     num_columns = x_NK.shape[1]
-    x_q = torch.empty((num_columns, width), dtype=dtype, device=x_NK.device)
-    return x_q, torch.empty((num_columns, 1), dtype=torch.float32, device=x_NK.device)
+    x_q = empty((num_columns, width), dtype, x_NK.device)
+    return x_q, empty((num_columns, 1), torch.float32, x_NK.device)
 
 
 def _prepare(x_NK: torch.Tensor, width: int, dtype: torch.dtype) -> Callable[..., None]:

@@ -17,7 +17,7 @@ from swcompile.kernels.int8 import (
     scale_and_inverse_reference,
     with_unit_inner_stride,
 )
-from swcompile.kernels.launch import Launcher, Plans, device_facts, tl, triton
+from swcompile.kernels.launch import Launcher, Plans, device_facts, empty, tl, triton
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.tuning import Tuner, bucket
 
@@ -83,8 +83,8 @@ def quantize_rowwise_triton(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def _empty_outputs(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    x_q_MK = torch.empty(x_MK.shape, dtype=torch.int8, device=x_MK.device)
-    return x_q_MK, torch.empty((x_MK.shape[0], 1), dtype=torch.float32, device=x_MK.device)
+    x_q_MK = empty(x_MK.shape, torch.int8, x_MK.device)
+    return x_q_MK, empty((x_MK.shape[0], 1), torch.float32, x_MK.device)
 
 
 def _prepare(x_MK: torch.Tensor) -> Callable[..., object] | None:

@@ -21,7 +21,7 @@ from swcompile.kernels.int8 import (
     store_tile,
     with_unit_inner_stride,
 )
-from swcompile.kernels.launch import Launcher, Plans, device_facts, tl, triton
+from swcompile.kernels.launch import Launcher, Plans, device_facts, empty, tl, triton
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.tuning import Tuner, bucket
 
@@ -143,9 +143,9 @@ Outputs = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]
 
 def _empty_outputs(x_RC: torch.Tensor, same: bool, transposed: bool) -> Outputs:
     num_rows, num_columns = x_RC.shape
-    x_q_RC = torch.empty((num_rows, num_columns), dtype=torch.int8, device=x_RC.device) if same else None
-    x_q_CR = torch.empty((num_columns, num_rows), dtype=torch.int8, device=x_RC.device) if transposed else None
-    return x_q_RC, x_q_CR, torch.empty((1, 1), dtype=torch.float32, device=x_RC.device)
+    x_q_RC = empty((num_rows, num_columns), torch.int8, x_RC.device) if same else None
+    x_q_CR = empty((num_columns, num_rows), torch.int8, x_RC.device) if transposed else None
+    return x_q_RC, x_q_CR, empty((1, 1), torch.float32, x_RC.device)
 
 
 def _prepare(x_NK: torch.Tensor, same: bool, transposed: bool) -> Callable[..., None] | None:
@@ -216,7 +216,7 @@ def launcher(config: TileConfig, x_RC: torch.Tensor, *, same: bool, transposed: 
         transposed_CR: torch.Tensor | None,
         scale_11: torch.Tensor,
     ) -> None:
-        partial_P = torch.empty(MAX_PARTIALS, dtype=torch.int32, device=x_RC.device)
+        partial_P = empty((MAX_PARTIALS,), torch.int32, x_RC.device)
         if num_partials:
             find_absmax(x_RC, partial_P)
         quantize(x_RC, partial_P, same_RC, transposed_CR, scale_11)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from swcompile.kernels.launch import INTERPRETED, Launcher, device_facts, resident_programs, triton
+from swcompile.kernels.launch import INTERPRETED, Launcher, device_facts, empty, resident_programs, triton
 from swcompile.kernels.row_program import POINTWISE, Action, RowProgram, Shape, matrix_size
 from swcompile.kernels.row_program_source import source
 
@@ -88,7 +88,7 @@ def launcher(
     is_total = [action is Action.SUM_ROWS for action in _actions(program)]
 
     def launch(inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
-        partial = torch.empty((len(program.sums), num_programs, num_columns), dtype=torch.float32, device=device)
+        partial = empty((len(program.sums), num_programs, num_columns), torch.float32, device)
         parts = iter(partial.unbind())
         written = [next(parts) if total else tensor for tensor, total in zip(outputs, is_total, strict=True)]
         rows(*inputs, *written)
@@ -240,10 +240,11 @@ def candidates(program: RowProgram, num_columns: int) -> list[RowConfig]:
 
     A thread should hold as many elements as registers last for: about 40 of a program that reads, computes and rounds,
     fewer where each element also has running sums or several results that wait for their scale. Elements beyond the
-    end of the row cost as much as others, narrow loads and wide programs a little. With sums, a multiprocessor that
-    holds one program alone idles while that reduces its rows, and longer if its loads are narrow. So it does without
-    sums if two results of a long row wait for their scales: if no value waits for another reduction, a limit of
-    registers makes room for a second program.
+    end of the row cost as much as others, narrow loads and wide programs a little. With sums, four warps are best, if
+    need be with more elements each, and loads through shared memory may be narrow; but a multiprocessor that holds one
+    program alone idles while that reduces its rows, and longer if its loads are narrow. So it does without sums if two
+    results of a long row wait for their scales: if no value waits for another reduction, a limit of registers makes
+    room for a second program.
     """
     sums = len(program.sums)
     results = sum(output.action is Action.QUANTIZE for output in program.outputs)
@@ -260,10 +261,14 @@ def candidates(program: RowProgram, num_columns: int) -> list[RowConfig]:
         if elements > MAX_ELEMENTS or (num_pieces == 1 and warps_per_row > 1 and configs):
             continue
         padding = num_pieces * config.width / num_columns - 1
-        badness = abs(elements - wanted) / 12 + 16 * padding + num_warps / 16 + {8: 0.0, 4: 0.5, 2: 1.5}[adjacent]
         registers = min(255, 30 + elements * (1.5 + sums + 0.5 * matrices))
-        if sums and 2 * registers * 32 * num_warps > 65536:
-            badness += 2.0 if adjacent == 8 else 5.0
+        if sums:
+            half = 0.0 if sums == 1 or registers == 255 else 0.5
+            badness = abs(elements - wanted) / 24 + 16 * padding + num_warps / 4 + {8: 0.1, 4: half, 2: 1.5}[adjacent]
+            if 2 * registers * 32 * num_warps > 65536:
+                badness += 2.0 if adjacent == 8 else 5.0
+        else:
+            badness = abs(elements - wanted) / 12 + 16 * padding + num_warps / 16 + {8: 0.0, 4: 0.5, 2: 1.5}[adjacent]
         configs.append((badness, config))
         if num_warps == 8 and elements in _ELEMENTS_OF_TWO and adjacent > 2 and sums + results > 1 and not waits:
             limited.append(config._replace(max_registers=128))

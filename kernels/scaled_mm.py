@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from swcompile.kernels import scaled_mm_kernels
-from swcompile.kernels.launch import Plans
+from swcompile.kernels.launch import Plans, empty
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_tma, launcher
 from swcompile.kernels.tuning import Tuner, bucket
@@ -96,7 +96,7 @@ def scaled_mm_triton(
         matrices = a_q_MK.contiguous(), b_q_NK.contiguous()
         bias_N = None if bias_N is None else bias_N.contiguous()
         return scaled_mm_triton(*matrices, scale_a_M1.contiguous(), scale_b.contiguous(), bias_N, out_dtype)
-    out_MN = torch.empty((a_q_MK.shape[0], b_q_NK.shape[0]), dtype=out_dtype, device=a_q_MK.device)
+    out_MN = empty((a_q_MK.shape[0], b_q_NK.shape[0]), out_dtype, a_q_MK.device)
     launch(*operands, out_MN)
     return out_MN
 
@@ -116,7 +116,7 @@ def _prepare(
     if not all(t is None or t.is_contiguous() for t in operands):
         return None
     (num_rows, num_summed), num_columns = a_q_MK.shape, b_q_NK.shape[0]
-    out_MN = torch.empty((num_rows, num_columns), dtype=out_dtype, device=a_q_MK.device)
+    out_MN = empty((num_rows, num_columns), out_dtype, a_q_MK.device)
     if out_MN.numel() == 0:
         return lambda *tensors: None
 

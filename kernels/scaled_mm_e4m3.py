@@ -10,7 +10,7 @@ import torch
 
 from swcompile.kernels import scaled_mm_kernels
 from swcompile.kernels.formats import E4M3
-from swcompile.kernels.launch import Plans
+from swcompile.kernels.launch import Plans, empty
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.scaled_mm import OUTPUT_DTYPES, scaled_mm_work
 from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_tma, launcher
@@ -77,7 +77,7 @@ def scaled_mm_e4m3_triton(
     if launch is None:
         matrices = a_q_MK.contiguous(), b_q_NK.contiguous()
         return scaled_mm_e4m3_triton(*matrices, scale_a_M1.contiguous(), scale_b_N1.contiguous(), out_dtype)
-    out_MN = torch.empty((a_q_MK.shape[0], b_q_NK.shape[0]), dtype=out_dtype, device=a_q_MK.device)
+    out_MN = empty((a_q_MK.shape[0], b_q_NK.shape[0]), out_dtype, a_q_MK.device)
     launch(*operands, None, out_MN)
     return out_MN
 
@@ -96,7 +96,7 @@ def _prepare(
     if not all(t.is_contiguous() for t in operands):
         return None
     (num_rows, num_summed), num_columns = a_q_MK.shape, b_q_NK.shape[0]
-    out_MN = torch.empty((num_rows, num_columns), dtype=out_dtype, device=a_q_MK.device)
+    out_MN = empty((num_rows, num_columns), out_dtype, a_q_MK.device)
     if out_MN.numel() == 0:
         return lambda *tensors: None
 

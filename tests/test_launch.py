@@ -162,3 +162,11 @@ def test_plans_serve_every_stream_and_a_capture() -> None:
         graph.replay()
         expected = scaled_mm_reference(a, b, *scales, None, torch.bfloat16)
         assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (3, 0), (0, 3), (2, 3, 4), (2, 0, 4)])
+def test_empty_is_torch_empty(shape: tuple[int, ...], device: str) -> None:
+    made, expected = launch.empty(shape, torch.int8, torch.device(device)), torch.empty(shape, dtype=torch.int8, device=device)
+    assert made.shape == expected.shape and made.stride() == expected.stride() and made.is_contiguous()
+    assert (made.dtype, made.device.type, made.requires_grad) == (torch.int8, device, False)
