@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from swcompile.kernels import launch
+from swcompile.kernels.dequantize import dequantize_triton
 from swcompile.kernels.launch import Described, Launcher, Plans
+from swcompile.kernels.map_rows import map_rows_triton
+from swcompile.kernels.quantize_columnwise import quantize_columnwise_transpose_triton
 from swcompile.kernels.quantize_rowwise import quantize_rowwise_reference, quantize_rowwise_triton
+from swcompile.kernels.quantize_tensorwise import quantize_tensorwise_triton
 from swcompile.kernels.scaled_mm import scaled_mm_reference, scaled_mm_triton
 
 
@@ -170,3 +174,17 @@ def test_empty_is_torch_empty(shape: tuple[int, ...], device: str) -> None:
     made, expected = launch.empty(shape, torch.int8, torch.device(device)), torch.empty(shape, dtype=torch.int8, device=device)
     assert made.shape == expected.shape and made.stride() == expected.stride() and made.is_contiguous()
     assert (made.dtype, made.device.type, made.requires_grad) == (torch.int8, device, False)
+
+
+def test_plans_keep_no_tensor() -> None:
+    x = torch.randn(32, 64, device=DEVICE, dtype=torch.bfloat16)
+    program = "%0: bf16[M, K] = input\n%1: bf16[M, K] = mul(%0, 2.0)\nstore %1\nquantize %1\nsum_rows %1: f32"
+    (x_q, scale), (_, weight_scale) = quantize_rowwise_triton(x), quantize_tensorwise_triton(x)
+    results = [
+        x_q, scale, weight_scale, *quantize_columnwise_transpose_triton(x), dequantize_triton(x_q, scale, torch.float32),
+        *map_rows_triton([x], program), scaled_mm_triton(x_q, x_q.clone(), scale, weight_scale, None, torch.float32),
+    ]  # fmt: skip
+    alive = [weakref.ref(tensor) for tensor in (x, *results)]
+    del x, x_q, scale, weight_scale, _, results
+    gc.collect()
+    assert not any(tensor() is not None for tensor in alive)
