@@ -5,8 +5,8 @@
     python benchmarks/train_step.py llama_short --accumulate 8
 
 Prints one table a model. All routes of a model run in one process on the same weights, taking turns, so that their
-ratios do not depend on the clock of the moment; times are medians. The floor is the time that the matmuls of the linear
-layers would take at the rates of large ones on this GPU, in the formats in which they run, with nothing else to do.
+ratios do not depend on the clock of the moment; times are medians. "Of floor" is the share that the matmuls of the
+linear layers would take at the rates of large ones on this GPU, in the formats in which they run.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from reporting import add_workloads, alone, header, markdown_table, write
 from torch import nn
 
 import swcompile
-from swcompile import Role
 from swcompile.cost import device_rates
 from swcompile.kernels.formats import E4M3, INT8
 
@@ -117,16 +116,10 @@ FLOAT8 = "torchao float8 "
 """torchao's float8 training, by the name of its recipe: its modules in the place of the linear layers, then compiled."""
 TORCHAO_INT8 = "torchao int8 mixed precision"
 """Likewise torchao's int8 training, by a weight that is a tensor subclass. Whether it runs in int8 is seen by its gradients."""
-FLOAT8_ROLES = {
-    "tensorwise": (Role.OUTPUT, Role.GRAD_INPUT, Role.GRAD_WEIGHT),
-    "rowwise": (Role.OUTPUT, Role.GRAD_INPUT, Role.GRAD_WEIGHT),
-    "rowwise_with_gw_hp": (Role.OUTPUT, Role.GRAD_INPUT),
-}
-"""A recipe of torchao's -> the matmuls that it runs in float8."""
 PEERS = [
     "eager bf16",
     "torch.compile bf16, max-autotune",
-    *(FLOAT8 + name for name in FLOAT8_ROLES),
+    *(FLOAT8 + name for name in ("tensorwise", "rowwise", "rowwise_with_gw_hp")),
     TORCHAO_INT8,
 ]
 UNFUSED = ", not fused"
@@ -288,7 +281,9 @@ def measure(
         rows[name] |= {"ms": statistics.median(samples), "spread ms": quartiles[2] - quartiles[0]}
     known = next((route.decisions for route in routes.values() if route.decisions), [])
     for name, route in routes.items():
-        rows[name]["of floor"] = micro_batches * floor_ms(name, route.decisions or known) / rows[name]["ms"]
+        if not name.startswith("torchao"):  # whose matmuls nothing here has measured
+            floor = floor_ms(route.decisions or known, is_ours=route.is_ours)
+            rows[name]["of floor"] = micro_batches * floor / rows[name]["ms"]
     base = rows.get(BASELINE)
     for row in rows.values():
         if base and "ms" in row:
@@ -296,27 +291,23 @@ def measure(
     return list(rows.values())
 
 
-def floor_ms(name: str, decisions: list[swcompile.Decision]) -> float:
+def floor_ms(decisions: list[swcompile.Decision], *, is_ours: bool) -> float:
     """Milliseconds that the matmuls of linear layers take on this device, each at the rate of a large one in its format.
 
     Args:
-        name: of a route.
-        decisions: about all matmuls of the model, by one of our recipes; what it decided counts for our own routes.
+        decisions: about all matmuls of the model, by one of our recipes.
+        is_ours: the formats are what was decided; if not, all in 16 bit.
     """
-    linear = [decision for decision in decisions if decision.parameter is not None]
-    head = [decision.parameter for decision in linear if decision.role is Role.OUTPUT][-1:]
     seconds = 0.0
-    for decision in linear:
-        if name in PEERS:
-            roles = FLOAT8_ROLES.get(name.removeprefix(FLOAT8), ())
-            number_format = E4M3 if decision.role in roles and decision.parameter not in head else None
-        elif name == BASELINE:
-            number_format = None
-        else:
-            number_format = {None: None, "int8": INT8, "e4m3": E4M3}[decision.number_format]
-        rates = device_rates(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, number_format or INT8)
+    device = torch.device("cuda", torch.cuda.current_device())
+    for decision in decisions:
+        number_format = {"int8": INT8, "e4m3": E4M3}.get(decision.number_format or "") if is_ours else None
+        rates = device_rates(device, torch.bfloat16, number_format or INT8)
         m, n, k = decision.shape
-        seconds += 2 * m * n * k / (rates.matmul if number_format is None else rates.quantized_matmul)
+        if decision.parameter is not None and number_format is None:
+            seconds += 2 * m * n * k / rates.matmul
+        elif decision.parameter is not None:
+            seconds += 2 * m * n * k / rates.quantized_matmul + m * n * rates.quantized_output
     return 1e3 * seconds
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclasses.dataclass(slots=True)
@@ -34,10 +34,13 @@ def gradient_accumulation() -> Iterator[Accumulation]:
         optimizer.step()
 
     Holds 8-bit copies of the weights, one byte a parameter for the forward and one for the backward, until the block
-    ends; of whole weights, where FSDP2 shards them. A weight that changes in the block is quantised again: by an in-place
-    operation, `load_state_dict`, an optimizer, or as another tensor becomes its ``data``. Writes that leave no trace must
-    not be in the block: to ``weight.data``, by a kernel that autograd does not know of, to the shards of FSDP2 other than
-    by an optimizer. What a CUDA graph records is quantised by the graph itself.
+    ends; of whole weights, where FSDP2 shards them. Every other weight is quantised in every pass, as without the block:
+    parts of a parameter, and weights that several matmuls of the forward read. In all threads alike.
+
+    A weight that changes in the block is quantised again: by an in-place operation, `load_state_dict`, any
+    `torch.optim.Optimizer`, or as another tensor becomes its ``data``. Writes that leave no trace must not be in the
+    block: to ``weight.data``, by a kernel that autograd does not know of, to the shards of FSDP2 other than by an
+    optimizer. What a CUDA graph records is quantised by the graph itself.
 
     Yields:
         counts of what was quantised and what was reused.
@@ -60,8 +63,9 @@ def gradient_accumulation() -> Iterator[Accumulation]:
         _held.clear()
     if not counts.quantized + counts.reused:
         warnings.warn(
-            "no matmul asked for a quantised weight within gradient_accumulation(): compile the model with "
-            "backend='switchback' and options={'micro_batches': n}; swcompile.reports() says which matmuls run in int8",
+            "no matmul asked for a weight to hold within gradient_accumulation(). Is the model compiled with "
+            "backend='switchback' and options={'micro_batches': n}? swcompile.reports() says which matmuls run in int8; "
+            "parts of parameters, and weights that several matmuls read, are not held",
             stacklevel=3,
         )
 
@@ -73,40 +77,37 @@ def quantized_weight(weight: torch.Tensor, quantizer: torch._ops.OpOverload) -> 
         weight: of any shape and dtype that the quantiser takes.
         quantizer: an op of one tensor with two results. Nobody may write to them.
     """
-    if _current is None:
+    counts = _current
+    if counts is None or not _can_be_held(weight):
+        if counts is not None:
+            counts.quantized += 1
         return quantizer(weight)
-    if not _can_be_held(weight):
-        _current.quantized += 1
-        return quantizer(weight)
-    state = _state(weight)
-    known = _held.setdefault(weight, {})
-    if quantizer in known and known[quantizer].state == state:
-        _current.reused += 1
-        return known[quantizer].results
-    _current.quantized += 1
-    known[quantizer] = _Held(state, weight.untyped_storage(), quantizer(weight))
-    return known[quantizer].results
+    # A storage, and not an address: FSDP2 frees a storage's memory and gives it another, perhaps that of another weight.
+    storage = weight.untyped_storage()
+    key = storage._cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, quantizer
+    state = weight._version, torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
+    known = _held.get(key)
+    if known is not None and known.state == state:
+        counts.reused += 1
+        return known.results
+    for gone in [other for other, held in _held.items() if held.storage.expired()]:
+        del _held[gone]
+    counts.quantized += 1
+    with torch.no_grad():
+        _held[key] = held = _Held(state, StorageWeakRef(storage), quantizer(weight))
+    return held.results
 
 
 class _Held(NamedTuple):
     state: Any
-    """Of the weight, when it was quantised."""
-    storage: torch.UntypedStorage
-    """Of the weight, kept so that no other storage can pass for it."""
+    """What differs once the weight has changed, and for a stream on which the results may not be there yet."""
+    storage: StorageWeakRef
+    """Of the weight. As long as this is there, no other storage can pass for it."""
     results: tuple[torch.Tensor, torch.Tensor]
 
 
 _current: Accumulation | None = None
-_held: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Weight -> quantiser -> `_Held`. By the tensor itself: a sharded model may give weights the same memory in turns."""
-
-
-def _state(weight: torch.Tensor) -> Any:
-    """What differs once a weight has changed, and for a stream on which the results may not be there yet."""
-    stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
-    # Not the address: FSDP2 frees a storage's memory and gives it another.
-    memory = weight.untyped_storage()._cdata, weight.storage_offset()
-    return weight._version, memory, weight.dtype, weight.shape, weight.stride(), stream
+_held: dict[Any, _Held] = {}
 
 
 def _can_be_held(weight: torch.Tensor) -> bool:

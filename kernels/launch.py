@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
+from torch._C._dynamo import guards
 
 from swcompile.kernels.formats import INT8, NumberFormat
 
@@ -117,13 +117,20 @@ def require_supported_gpu(index: int, number_format: NumberFormat = INT8) -> Non
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """``torch.empty``, for a CUDA device that is the current one by the way of Inductor's own code, four times as fast."""
-    if device.type != "cuda":
+    """``torch.empty(shape, dtype=dtype, device=device)`` in a quarter of the host's time, as Inductor's own code does it.
+
+    A CUDA device has to be the current one.
+    """
+    make = _FACTORIES.get(device.type)
+    if make is None:
         return torch.empty(shape, dtype=dtype, device=device)
     strides = [1] * len(shape)
     for i in range(len(shape) - 1, 0, -1):
         strides[i - 1] = strides[i] * max(shape[i], 1)
-    return _empty_strided_cuda(shape, tuple(strides), dtype)
+    return make(tuple(shape), tuple(strides), dtype)  # a torch.Size is none for them
+
+
+_FACTORIES = {"cpu": guards._empty_strided_cpu, "cuda": guards._empty_strided_cuda}  # type: ignore[attr-defined]
 
 
 Plan = TypeVar("Plan")

@@ -133,14 +133,13 @@ def _prepare(x_NK: torch.Tensor, width: int, dtype: torch.dtype) -> Callable[...
     num_rows, num_columns = x_NK.shape
     if not num_columns:
         return lambda *tensors: None
+    outputs = _empty_outputs(x_NK, width, dtype)
 
     def run(config: ColumnConfig) -> None:
-        outputs = _empty_outputs(x_NK, width, dtype)
         launcher(config, x_NK, outputs[0])(x_NK, *outputs)
 
     key = (bucket(num_rows), num_columns, x_NK.dtype, dtype)
-    config = TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device)
-    return launcher(config, x_NK, torch.empty((num_columns, width), dtype=dtype, device="meta"))
+    return launcher(TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device), x_NK, outputs[0])
 
 
 PLANS = Plans(_prepare)

@@ -96,9 +96,10 @@ def _prepare(x_MK: torch.Tensor) -> Callable[..., object] | None:
     if not num_rows:
         return lambda *tensors: None
     key = (bucket(num_rows), num_columns, x_MK.dtype)
+    outputs = _empty_outputs(x_MK)
 
     def run(config: RowwiseConfig) -> None:
-        launcher(config, x_MK)(x_MK, *_empty_outputs(x_MK))
+        launcher(config, x_MK)(x_MK, *outputs)
 
     return launcher(TUNER.choose(key, lambda: candidates(num_columns), run, x_MK.device), x_MK)
 

@@ -154,9 +154,10 @@ def _prepare(x_NK: torch.Tensor, same: bool, transposed: bool) -> Callable[..., 
     if with_unit_inner_stride(x_NK) is not x_NK:
         return None
     num_rows, num_columns = x_NK.shape
+    outputs = _empty_outputs(x_NK, same, transposed)
 
     def run(config: TileConfig) -> None:
-        launcher(config, x_NK, same=same, transposed=transposed)(x_NK, *_empty_outputs(x_NK, same, transposed))
+        launcher(config, x_NK, same=same, transposed=transposed)(x_NK, *outputs)
 
     key = (bucket(num_rows), num_columns, x_NK.dtype, same, transposed)
     config = TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device)

@@ -104,7 +104,7 @@ _pending: dict[tuple[RowProgram, int, torch.device], Future[Any]] = {}
 
 
 def compile_in_background(program: RowProgram, num_rows: int | None, num_columns: int, device: torch.device) -> None:
-    """Start to compile a program's kernels, while Inductor is busy with the rest of the graph; `launch` waits for them.
+    """Start to compile a program's kernels, while Inductor is busy with the rest of the graph; `launcher` waits for them.
 
     Args:
         program: what will be launched.

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -66,11 +65,6 @@ def switchback(
         RuntimeError: a GPU without int8 tensor cores (compute capability below 8.0).
     """
     recipe, patches = read_options(options or {}, mode)
-    if recipe.micro_batches > 1 and patches.get("triton.cudagraphs", inductor_config.triton.cudagraphs):
-        raise ValueError(
-            "option 'micro_batches' keeps quantised weights from one call to the next, but a CUDA graph "
-            "(mode='reduce-overhead') makes them in every call: leave out one of the two"
-        )
     names = parameter_names(gm, example_inputs)
     _check_patterns(recipe, gm, names)
     devices = {value.device for value in example_inputs if isinstance(value, torch.Tensor)}

@@ -36,8 +36,8 @@ def explain(
         model: the model, or a function that calls one.
         inputs: what to call it with, as in training.
         kwargs: keyword arguments to call it with.
-        options: as for the backend: ``recipe``, ``include``, ``exclude``, ``strict``, ``skip_slower``, ``fuse``; ``mode``
-            and ``inductor``, too, as CUDA graphs decide whether the time of launching counts.
+        options: as for the backend: ``recipe``, ``include``, ``exclude``, ``strict``, ``skip_slower``, ``fuse``,
+            ``micro_batches``; ``mode`` and ``inductor``, too, as CUDA graphs decide whether the time of launching counts.
 
     Returns:
         One report over all graphs of the model.

@@ -320,7 +320,7 @@ _SHARE = 4
 def _split(whole: float, part: float) -> tuple[float, float]:
     """(seconds that grow with the length of the sums, the rest) of a matmul, by its time and that with short ones."""
     rest = (_SHARE * part - whole) / (_SHARE - 1)
-    rest = min(max(rest, 0.0), part / 2)  # noise, and clocks that are higher in the shorter one
+    rest = max(min(rest, part / 2), 0.0)  # noise, and clocks that are higher in the shorter one
     return whole - rest, rest
 
 
@@ -353,10 +353,10 @@ def _host_seconds(run: Callable[[], object]) -> float:
     Of several calls the one that is faster than three quarters, as other programs may keep the host busy for a while.
     """
     run()
-    others = torch.zeros(_HOST_CACHE_BYTES, dtype=torch.uint8)
+    others, source = bytearray(_HOST_CACHE_BYTES), bytes(_HOST_CACHE_BYTES)
     times = []
     for _ in range(40):
-        others.add_(1)
+        others[:] = source  # by this thread
         torch.cuda.synchronize()
         start = time.perf_counter()
         run()

@@ -79,7 +79,8 @@ def read_options(options: Mapping[str, Any], mode: str | None = None) -> tuple[R
     """(recipe, Inductor's config patches) from the options of `torch.compile`.
 
     Raises:
-        ValueError: an unknown option, recipe or mode, naming the closest legal one; a value of the wrong type.
+        ValueError: an unknown option, recipe or mode, naming the closest legal one; a value of the wrong type;
+            ``micro_batches`` with CUDA graphs.
     """
     rest = dict(options)
     check_options(rest, (*OPTIONS, "mode", "inductor"))
@@ -96,7 +97,13 @@ def read_options(options: Mapping[str, Any], mode: str | None = None) -> tuple[R
     modes = list_mode_options()
     if mode is not None and mode not in list(modes):
         raise ValueError(f"unknown mode {mode!r}; did you mean {closest(str(mode), modes)!r}?")
-    return make_recipe(rest), {**(list_mode_options(mode) if mode else {}), **inductor}
+    recipe, patches = make_recipe(rest), {**(list_mode_options(mode) if mode else {}), **inductor}
+    if recipe.micro_batches > 1 and patches.get("triton.cudagraphs", inductor_config.triton.cudagraphs):
+        raise ValueError(
+            "option 'micro_batches' keeps quantised weights from one call to the next, but a CUDA graph (mode "
+            "'reduce-overhead' or 'max-autotune') makes them in every call: leave out one of the two"
+        )
+    return recipe, patches
 
 
 def parameter_names(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, str]:

@@ -184,7 +184,7 @@ def test_the_second_gpu_is_measured_where_the_first_is_current() -> None:
 def test_a_host_that_is_busy_for_a_while_is_measured_when_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     calls = itertools.count()
-    assert cost._host_seconds(lambda: time.sleep(2e-3 if next(calls) < 28 else 0)) < 1e-3
+    assert cost._host_seconds(lambda: time.sleep(3e-2 if next(calls) < 20 else 0)) < 2e-2
 
 
 def test_an_activation_that_its_own_kernel_quantises_costs_the_bytes_of_int8(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,8 +220,8 @@ def test_short_sums_wait_for_their_results(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     ("whole", "part", "expected"),
-    [(1.0, 0.25, (1.0, 0.0)), (1.0, 0.4, (0.8, 0.2)), (1.0, 0.2, (1.0, 0.0)), (1.0, 0.9, (0.55, 0.45))],
-    ids=["all of it sums", "a part", "less than nothing", "at most half of the short one"],
+    [(1.0, 0.25, (1.0, 0.0)), (1.0, 0.4, (0.8, 0.2)), (1.0, 0.2, (1.0, 0.0)), (1.0, 0.9, (0.55, 0.45)), (1.0, -0.1, (1.0, 0.0))],
+    ids=["all of it sums", "a part", "less than nothing", "at most half of the short one", "noise"],
 )
 def test_what_of_a_matmul_grows_with_its_sums(whole: float, part: float, expected: tuple[float, float]) -> None:
     assert cost._split(whole, part) == pytest.approx(expected)

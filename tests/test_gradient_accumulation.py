@@ -19,9 +19,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 import swcompile
-from swcompile import Role
+from swcompile import Role, cost
 from swcompile.cost import Candidate, predict_speedups
 from swcompile.kernels import held_weights
 from swcompile.kernels.quantize_tensorwise import quantize_tensorwise
@@ -164,14 +166,12 @@ def test_what_is_held_is_let_go() -> None:
         assert again is first
         result = weakref.ref(first)
         del first, again
-        other = torch.randn(8, 16)
-        held_weights.quantized_weight(other, op)
-        del other
-        gc.collect()
-        assert len(held_weights._held) == 1, "a weight that is gone takes its copy along"
+        for _ in range(3):
+            held_weights.quantized_weight(torch.randn(8, 16), op)
+        assert len(held_weights._held) == 2, "the copy of a weight that is gone goes when the next one comes"
         raise KeyError
     gc.collect()
-    assert result() is None and held_weights._current is None
+    assert result() is None and held_weights._current is None and not held_weights._held
     first, again = (held_weights.quantized_weight(weight, op)[0] for _ in range(2))
     assert first is not again
 
@@ -190,7 +190,7 @@ def test_inference_tensors_are_not_held() -> None:
 def test_an_empty_block_is_a_warning() -> None:
     model, _, batches = make()
     plain = torch.compile(model, backend="switchback", options=EVERY)
-    with pytest.warns(UserWarning, match="no matmul asked for a quantised weight.*micro_batches"), swcompile.gradient_accumulation():
+    with pytest.warns(UserWarning, match="no matmul asked for a weight to hold.*micro_batches"), swcompile.gradient_accumulation():
         gradients(model, plain, batches)
 
 
@@ -214,20 +214,86 @@ def fx_call(joint: swcompile.JointGraph, parameters: list[torch.Tensor], x: torc
     return module(*parameters, x)
 
 
-def test_weights_that_several_matmuls_of_a_graph_read_stay_shared() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(32, 32)
+class Twice(nn.Module):
+    """One weight for two layers."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(self.fc(x).relu())
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 32)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.fc(x).relu())
+
+
+class Halves(nn.Module):
+    """One weight of which two layers have a part each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up, gate = self.weight.chunk(2)
+        return (x @ up.t()) * (x @ gate.t())
+
+
+class OnTheLeft(nn.Module):
+    """A weight that is the first operand where its rows have scales of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight @ x.t()
+
+
+@pytest.mark.parametrize(("kind", "recipe"), [(Twice, "switchback"), (Halves, "switchback"), (OnTheLeft, "switchback_q")])
+def test_other_weights_are_quantised_in_every_pass(kind: type[nn.Module], recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the cost rule counts the whole of it."""
+    model, x, options = kind(), torch.randn(16, 32), {"include": "*", "recipe": recipe}
     with torch.no_grad():
-        joint = swcompile.capture(Twice(), torch.randn(16, 32))
-    joint.run_passes(swcompile.joint_passes(swcompile.make_recipe(EVERY | {"include": "*"})))
-    assert swcompile.format_graph(joint.graph).count("quantize_tensorwise(") == 1
+        joint = swcompile.capture(model, x)
+    joint.run_passes(swcompile.joint_passes(swcompile.make_recipe(options | EVERY)))
     assert swcompile.hold_weights(joint.graph).rewrites == 0
+    monkeypatch.setattr(cost, "device_rates", lambda *of: RATES)
+    speedups = [
+        [d.speedup for d in swcompile.explain(model, x, **options, micro_batches=number).decisions if d.role is Role.OUTPUT]
+        for number in (1, 100)
+    ]
+    assert speedups[0] == speedups[1] and None not in speedups[0]
+
+
+def test_checkpointing_around_the_compiled_model() -> None:
+    """Its backward gets an alias of each weight, a new one each time."""
+    model, compiled, batches = make()
+    for reentrant in (True, False):
+        call = partial(checkpoint, compiled, use_reentrant=reentrant)
+        expected = gradients(model, call, batches)
+        with swcompile.gradient_accumulation() as counts:
+            assert_same(gradients(model, call, batches), expected)
+        assert counts.quantized == 2 * NUM_LAYERS, "the second forward finds what the first one left"
+
+
+def test_a_weight_whose_data_is_swapped_is_not_kept() -> None:
+    weight = nn.Parameter(torch.randn(8, 16))
+    with swcompile.gradient_accumulation():
+        held_weights.quantized_weight(weight, WEIGHT_QUANTIZERS["quantize_tensorwise"])
+        storage = StorageWeakRef(weight.untyped_storage())
+        weight.data = torch.empty(0, 16)
+        gc.collect()
+        assert storage.expired()
+
+
+def test_what_is_held_belongs_to_no_graph() -> None:
+    x_q, scale = torch.ones(4, 16, dtype=torch.int8), torch.ones(4, 1)
+    weight = nn.Parameter(torch.randn(8, 16))
+    with swcompile.gradient_accumulation() as counts:
+        for _ in range(2):
+            scaled_mm_held(x_q, scale, weight, "quantize_tensorwise", None, torch.float32)
+        (held,) = held_weights._held.values()
+        assert not any(tensor.requires_grad for tensor in held.results)
+    assert (counts.quantized, counts.reused) == (1, 1)
 
 
 def test_sums_over_activations_hold_nothing() -> None:

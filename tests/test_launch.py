@@ -171,9 +171,11 @@ def test_plans_serve_every_stream_and_a_capture() -> None:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4), (3, 0), (0, 3), (2, 3, 4), (2, 0, 4)])
 def test_empty_is_torch_empty(shape: tuple[int, ...], device: str) -> None:
-    made, expected = launch.empty(shape, torch.int8, torch.device(device)), torch.empty(shape, dtype=torch.int8, device=device)
-    assert made.shape == expected.shape and made.stride() == expected.stride() and made.is_contiguous()
-    assert (made.dtype, made.device.type, made.requires_grad) == (torch.int8, device, False)
+    expected = torch.empty(shape, dtype=torch.int8, device=device)
+    for size in (shape, expected.shape):
+        made = launch.empty(size, torch.int8, torch.device(device))
+        assert made.shape == expected.shape and made.stride() == expected.stride() and made.is_contiguous()
+        assert (made.dtype, made.device.type, made.requires_grad) == (torch.int8, device, False)
 
 
 def test_plans_keep_no_tensor() -> None:

@@ -75,12 +75,14 @@ def quantize_matmuls(
     decisions = [decide(matmul, recipe, heads=heads, alone=alone) for matmul in found]
     wanted = [matmul for matmul, decision in zip(found, decisions, strict=True) if _is_new(matmul, decision)]
     sharing = Counter(_activation_key(matmul) for matmul in wanted)
+    readers = Counter(_weight_key(matmul) for matmul in wanted)
     candidates = []
     for matmul in wanted:
         gemm = recipe.format_of(matmul.role)
         assert gemm is not None
         sharers = sharing[_activation_key(matmul)]
-        weight_passes = 1 if matmul.role is Role.GRAD_WEIGHT else recipe.micro_batches  # that one reads an activation
+        is_held = readers[_weight_key(matmul)] == 1 and _can_be_held(matmul, gemm)
+        weight_passes = recipe.micro_batches if is_held else 1
         candidates.append(Candidate(matmul, gemm, sharers, _will_be_fused(matmul, recipe), weight_passes))
     others = [matmul for matmul in found if matmul not in wanted]
     predictions = predict(candidates, others) if recipe.skip_slower else []
@@ -108,6 +110,21 @@ def _activation_key(matmul: Matmul) -> tuple[object, ...]:
     """Equal for matmuls that read the same activation (or gradient), however it is viewed, in the same orientation."""
     activation = matmul.rhs if matmul.weight_on_left else matmul.lhs
     return values.source_of(activation), matmul.role is Role.GRAD_WEIGHT
+
+
+def _weight_key(matmul: Matmul) -> tuple[fx.Node, Role]:
+    """Equal for matmuls that read the same weight in the same orientation."""
+    weight = matmul.lhs if matmul.weight_on_left else matmul.rhs
+    while weight.target == aten.permute.default or values.is_precision_cast(weight):
+        (weight, *_) = weight.all_input_nodes
+    return weight, matmul.role
+
+
+def _can_be_held(matmul: Matmul, gemm: GemmFormat) -> bool:
+    """Whether `hold_weights` will find the weight: a parameter as a whole, which becomes the second operand."""
+    is_second = not matmul.weight_on_left or gemm.weight is Scaling.TENSOR
+    is_parameter = _weight_key(matmul)[0].op == "placeholder"
+    return is_second and is_parameter and matmul.role is not Role.GRAD_WEIGHT  # which reads an activation
 
 
 def _will_be_fused(matmul: Matmul, recipe: Recipe) -> bool:
