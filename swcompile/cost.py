@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -292,13 +293,14 @@ def _measure_current(device: torch.device, dtype: torch.dtype, number_format: Nu
         small, small_weight = x[:16, :16].contiguous(), weight[:16, :16].contiguous()
         flops, num_outputs = 2 * rows * size * size, len(q) * len(weight_q)
 
-        def multiply(share: int) -> float:
-            """Seconds of a matmul that sums over a share of the elements."""
-            a, b = (operand[:, : operand.shape[1] // share].contiguous() for operand in (q, weight_q))
-            return seconds(lambda: quantized_matmul(a, b, scale, weight_scale))
-
+        halves = [operand[:, : operand.shape[1] // 2].contiguous() for operand in (q, weight_q)]
         kernel = seconds(lambda: QUANTIZE_ROWWISE(small))
-        summing, other = _split(multiply(1) - kernel, multiply(_SHARE) - kernel)
+        times = [
+            [seconds(partial(quantized_matmul, *operands, scale, weight_scale)) for operands in ((q, weight_q), halves)]
+            for _ in range(3)
+        ]
+        whole, half = (statistics.median(column) - kernel for column in zip(*times, strict=True))
+        summing, other = _split(whole, half)
         return DeviceRates(
             matmul=flops / seconds(lambda: x @ weight),
             quantized_matmul=flops / summing,
@@ -312,14 +314,9 @@ def _measure_current(device: torch.device, dtype: torch.dtype, number_format: Nu
         )
 
 
-_SHARE = 4
-"""A matmul is measured once more with sums so many times as short."""
-
-
-def _split(whole: float, part: float) -> tuple[float, float]:
-    """(seconds that grow with the length of the sums, the rest) of a matmul, by its time and that with short ones."""
-    rest = (_SHARE * part - whole) / (_SHARE - 1)
-    rest = max(min(rest, part / 2), 0.0)  # noise, and clocks that are higher in the shorter one
+def _split(whole: float, half: float) -> tuple[float, float]:
+    """(seconds that grow with the length of the sums, the rest) of a matmul, by its time and that with half of the sums."""
+    rest = max(min(2 * half - whole, half / 2), 0.0)  # noise, and clocks that are higher in the shorter one
     return whole - rest, rest
 
 

@@ -219,12 +219,12 @@ def test_short_sums_wait_for_their_results(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("whole", "part", "expected"),
-    [(1.0, 0.25, (1.0, 0.0)), (1.0, 0.4, (0.8, 0.2)), (1.0, 0.2, (1.0, 0.0)), (1.0, 0.9, (0.55, 0.45)), (1.0, -0.1, (1.0, 0.0))],
+    ("whole", "half", "expected"),
+    [(1.0, 0.5, (1.0, 0.0)), (1.0, 0.6, (0.8, 0.2)), (1.0, 0.4, (1.0, 0.0)), (1.0, 0.9, (0.55, 0.45)), (1.0, -0.1, (1.0, 0.0))],
     ids=["all of it sums", "a part", "less than nothing", "at most half of the short one", "noise"],
 )
-def test_what_of_a_matmul_grows_with_its_sums(whole: float, part: float, expected: tuple[float, float]) -> None:
-    assert cost._split(whole, part) == pytest.approx(expected)
+def test_what_of_a_matmul_grows_with_its_sums(whole: float, half: float, expected: tuple[float, float]) -> None:
+    assert cost._split(whole, half) == pytest.approx(expected)
 
 
 def test_a_sum_over_tokens_has_its_own_rates(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import leave
 from test_backend import EVERY, Model
 from torch.nn.parallel import DistributedDataParallel
 
@@ -43,8 +44,7 @@ def train(rank: int, world: int, folder: str, wrap: str) -> None:
         optimizer.step()
     names = {d.parameter for r in swcompile.reports() for d in r.decisions if d.role is Role.OUTPUT and d.rewritten}
     torch.save({"model": model.state_dict(), "names": names, "graphs": len(swcompile.reports())}, f"{folder}/{world}-{rank}.pt")
-    if world > 1:
-        dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import leave
 from test_backend import EVERY, WIDTH, Block, Model
 from test_cost import RATES
 from torch import nn
@@ -379,7 +380,7 @@ def train_sharded(rank: int, world: int, folder: str) -> None:
     with swcompile.gradient_accumulation() as counts:
         actual = whole()
     torch.save({"expected": expected, "actual": actual, "counts": [counts.quantized, counts.reused]}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def test_weights_that_share_memory_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import leave
 from test_prepare import WIDTH, Written, encoder_layer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -78,7 +79,7 @@ def train_all(rank: int, world: int, folder: str) -> None:
     summaries = [report.summary() for report in swcompile.reports()]
     assert len(summaries) == 4 and all("int8 in 4 of 4 output" in summary for summary in summaries), summaries
     torch.save(states, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")

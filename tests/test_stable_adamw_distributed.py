@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as checkpoints
 import torch.multiprocessing as mp
+from processes import leave
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -74,7 +75,7 @@ def train_sharded(rank: int, world: int, folder: str, device: str) -> None:
     mixed[0].weight = nn.Parameter(distribute_tensor(mixed[0].weight.data, mesh, [Shard(1)]))
     mixed[2].weight = nn.Parameter(distribute_tensor(mixed[2].weight.data, mesh, [Replicate()]))
     torch.save({"fsdp": train(fsdp), "mixed": train(mixed)}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
