@@ -38,6 +38,8 @@ from swcompile.recipe import GemmFormat, Role, Scaling
 from swcompile.values import unrounded
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MIN_SPEEDUP = 1.03
+"""What 8 bit has to be worth at least: near 1 a prediction may be on the wrong side, and 8 bit rounds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +97,7 @@ class _Times(NamedTuple):
     def with_launches(self) -> Prediction:
         """What counts where the host is the bottleneck."""
         speedup = max(self.original, self.original_host) / max(self.quantized, self.quantized_host)
-        return Prediction(speedup, launches_decide=speedup < 1 <= self.original / self.quantized)
+        return Prediction(speedup, launches_decide=speedup < MIN_SPEEDUP <= self.original / self.quantized)
 
 
 def predict_speedups(

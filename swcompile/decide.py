@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from swcompile import graph as facts
-from swcompile.cost import Prediction
+from swcompile.cost import MIN_SPEEDUP, Prediction
 from swcompile.graph import Matmul
 from swcompile.kernels.formats import INT8
 from swcompile.kernels.scaled_mm import MAX_K, OUTPUT_DTYPES
@@ -66,11 +66,12 @@ def decide(
 
 
 def weigh(decision: Decision, prediction: Prediction, *, asked: bool) -> Decision:
-    """Take a decision back where 8 bit would be slower."""
+    """Take a decision back where 8 bit would be slower, or hardly faster."""
     decision = dataclasses.replace(decision, speedup=prediction.speedup)
-    if prediction.speedup >= 1:
+    if prediction.speedup >= MIN_SPEEDUP:
         return decision
-    reason = f"{decision.number_format} would be slower: predicted {prediction.speedup:.2f} times as fast"
+    verdict = "slower" if prediction.speedup < 1 else "hardly faster"
+    reason = f"{decision.number_format} would be {verdict}: predicted {prediction.speedup:.2f} times as fast"
     if prediction.launches_decide:
         reason += ", for the time to launch it (none in a CUDA graph: mode='reduce-overhead')"
     return dataclasses.replace(decision, rewritten=False, number_format=None, reason=reason, violation=asked)
