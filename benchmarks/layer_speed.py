@@ -20,6 +20,7 @@ from reporting import header, markdown_table, write
 from torch import nn
 
 import swcompile
+from swcompile.cost import MIN_SPEEDUP
 
 Layer = tuple[int, int, int]
 """In features, out features, tokens."""
@@ -152,7 +153,7 @@ def main() -> None:
     if args.sweep:
         columns |= {f"{role.value} {what}": form for role in ROLES for what, form in RULE_COLUMNS.items()}
         note += (
-            " Of each matmul alone: how much faster int8 is, what the rule predicted (at 1.03 or more it chooses int8), and the "
+            f" Of each matmul alone: how much faster int8 is, what the rule predicted (at {MIN_SPEEDUP} or more it chooses int8), and the "
             "better time over that of its choice."
         )
     text = [header("One linear layer: forward and backward"), note, markdown_table(rows, columns)]

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-from swcompile.kernels.int8 import with_unit_inner_stride
-from swcompile.kernels.launch import Launcher, Plans, empty, tl, triton
+from swcompile.kernels.int8 import has_unit_inner_stride
+from swcompile.kernels.launch import Launcher, Plans, empty, nothing, tl, triton
 from swcompile.kernels.library import Work, define_op
 
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -58,11 +58,11 @@ def _prepare(x_q_MK: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> C
     """Launches the kernel on (x_q, scale, out); None where x_q must be laid out anew."""
     _check_dtypes(x_q_MK, scale, dtype)
     _check_shapes(x_q_MK, scale)
-    if with_unit_inner_stride(x_q_MK) is not x_q_MK:
+    if not has_unit_inner_stride(x_q_MK):
         return None
     num_rows, num_columns = x_q_MK.shape
     if not x_q_MK.numel():
-        return lambda *tensors: None
+        return nothing
     per_column = scale.shape[1] != 1
     return Launcher(
         _dequantize_kernel,

@@ -10,6 +10,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from swcompile.kernels.launch import is_capturing
+
 
 @dataclasses.dataclass(slots=True)
 class Accumulation:
@@ -112,4 +114,4 @@ _held: dict[Any, _Held] = {}
 
 def _can_be_held(weight: torch.Tensor) -> bool:
     """Whether changes can be seen, and the results are there when the next pass comes: not if a CUDA graph makes them."""
-    return not weight.is_inference() and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not weight.is_inference() and not (weight.is_cuda and is_capturing())

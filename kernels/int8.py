@@ -35,7 +35,12 @@ def check_quantizer_input(op: str, x: torch.Tensor) -> None:
 
 def with_unit_inner_stride(x: torch.Tensor) -> torch.Tensor:
     """`x` itself if its rows are contiguous, whatever their distance; else a contiguous copy."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return x if has_unit_inner_stride(x) else x.contiguous()
+
+
+def has_unit_inner_stride(x: torch.Tensor) -> bool:
+    """Whether the rows of a matrix are contiguous, whatever their distance: those of an empty one are."""
+    return x.stride(1) == 1 or x.shape[1] == 1 or x.numel() == 0
 
 
 def absmax_reference(x: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:

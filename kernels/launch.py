@@ -160,13 +160,18 @@ class Plans(Generic[Plan]):
             plan = self._prepare(*tensors, *options)
             if len(self._known) >= MAX_PLANS:
                 self._known.clear()
-            if not _is_capturing():  # what is prepared then may have had to do without timing
+            if not is_capturing():  # what is prepared then may have had to do without timing
                 self._known[key] = plan
         return plan
 
 
-def _is_capturing() -> bool:
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being recorded on the current stream."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def nothing(*tensors: Any) -> None:
+    """What launches the kernel of an op whose result has no elements."""
 
 
 class Launcher:

@@ -22,7 +22,7 @@ from swcompile.kernels.int8 import (
     store_tile,
     with_unit_inner_stride,
 )
-from swcompile.kernels.launch import Launcher, Plans, device_facts, empty, tl, triton
+from swcompile.kernels.launch import Launcher, Plans, device_facts, empty, nothing, tl, triton
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.quantize_rowwise import quantize_rowwise_reference, quantize_rowwise_triton
 from swcompile.kernels.tuning import Tuner, bucket
@@ -132,7 +132,7 @@ def _prepare(x_NK: torch.Tensor, width: int, dtype: torch.dtype) -> Callable[...
     """Launches the kernel on (x, x_q, scale)."""
     num_rows, num_columns = x_NK.shape
     if not num_columns:
-        return lambda *tensors: None
+        return nothing
     outputs = _empty_outputs(x_NK, width, dtype)
 
     def run(config: ColumnConfig) -> None:

@@ -10,14 +10,14 @@ from swcompile.kernels import int8
 from swcompile.kernels.int8 import (
     absmax_reference,
     check_quantizer_input,
+    has_unit_inner_stride,
     magnitude_bits,
     round_reference,
     round_to_int8,
     scale_and_inverse,
     scale_and_inverse_reference,
-    with_unit_inner_stride,
 )
-from swcompile.kernels.launch import Launcher, Plans, device_facts, empty, tl, triton
+from swcompile.kernels.launch import Launcher, Plans, device_facts, empty, nothing, tl, triton
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.tuning import Tuner, bucket
 
@@ -90,11 +90,11 @@ def _empty_outputs(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _prepare(x_MK: torch.Tensor) -> Callable[..., object] | None:
     """Launches the kernel on (x, x_q, scale); None where x must be laid out anew."""
     check_quantizer_input("quantize_rowwise", x_MK)
-    if with_unit_inner_stride(x_MK) is not x_MK:
+    if not has_unit_inner_stride(x_MK):
         return None
     num_rows, num_columns = x_MK.shape
     if not num_rows:
-        return lambda *tensors: None
+        return nothing
     key = (bucket(num_rows), num_columns, x_MK.dtype)
     outputs = _empty_outputs(x_MK)
 

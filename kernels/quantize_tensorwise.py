@@ -13,13 +13,13 @@ from swcompile.kernels import int8
 from swcompile.kernels.int8 import (
     absmax_reference,
     check_quantizer_input,
+    has_unit_inner_stride,
     magnitude_bits,
     round_reference,
     round_to_int8,
     scale_and_inverse,
     scale_and_inverse_reference,
     store_tile,
-    with_unit_inner_stride,
 )
 from swcompile.kernels.launch import Launcher, Plans, device_facts, empty, tl, triton
 from swcompile.kernels.library import Work, define_op
@@ -151,7 +151,7 @@ def _empty_outputs(x_RC: torch.Tensor, same: bool, transposed: bool) -> Outputs:
 def _prepare(x_NK: torch.Tensor, same: bool, transposed: bool) -> Callable[..., None] | None:
     """Launches the kernels on (x, x_q, x_q transposed, scale); None where x does not have its rows contiguous."""
     check_quantizer_input("quantize_tensorwise", x_NK)
-    if with_unit_inner_stride(x_NK) is not x_NK:
+    if not has_unit_inner_stride(x_NK):
         return None
     num_rows, num_columns = x_NK.shape
     outputs = _empty_outputs(x_NK, same, transposed)

@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from swcompile.kernels.launch import HAS_TRITON, device_facts, triton
+from swcompile.kernels.launch import HAS_TRITON, device_facts, is_capturing, triton
 from swcompile.kernels.measurements import MeasurementFile
 from swcompile.kernels.timing import intervals_ms
 
@@ -130,7 +130,7 @@ class Tuner(Generic[Config]):
             if config._asdict() == stored:
                 self._chosen[device, key] = config
                 return config
-        if _is_capturing():
+        if is_capturing():
             return self._nearest(key, device) or candidates[0]
         config = self._time(candidates, run, device)
         self._chosen[device, key] = config
@@ -170,10 +170,6 @@ class Tuner(Generic[Config]):
         facts = [device_facts(device).name, triton.__version__ if HAS_TRITON else ""]
         digest = sha256("\n".join([*facts, *(Path(source).read_text() for source in self._sources)]).encode())
         return Path(cache_dir()) / "swcompile" / f"{self._name}-{digest.hexdigest()[:16]}.json"
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_current_stream_capturing()
 
 
 def _resource_errors() -> tuple[type[Exception], ...]:

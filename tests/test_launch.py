@@ -63,9 +63,9 @@ def test_nothing_is_a_plan_too() -> None:
 
 def test_a_plan_made_during_a_capture_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     plans, _ = plans_that_count()
-    monkeypatch.setattr(launch, "_is_capturing", lambda: True)
+    monkeypatch.setattr(launch, "is_capturing", lambda: True)
     assert plans.find([LINE]) == "plan 1" and plans.find([LINE]) == "plan 2"
-    monkeypatch.setattr(launch, "_is_capturing", lambda: False)
+    monkeypatch.setattr(launch, "is_capturing", lambda: False)
     assert plans.find([LINE]) == "plan 3" and plans.find([LINE]) == "plan 3"
 
 

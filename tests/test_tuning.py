@@ -50,7 +50,7 @@ class Clock:
 def fake_gpu(monkeypatch, tmp_path):
     facts = launch.DeviceFacts("Fake GPU", (9, 0), 132, 233472)
     monkeypatch.setattr(tuning, "device_facts", lambda device: facts)
-    monkeypatch.setattr(tuning, "_is_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "is_capturing", lambda: False)
     monkeypatch.setattr(cache_dir_utils, "cache_dir", lambda: str(tmp_path))
 
 
@@ -192,18 +192,18 @@ def test_other_source_or_gpu_or_triton_tunes_again(monkeypatch, tmp_path):
 
 def test_never_tunes_during_capture(monkeypatch):
     tuner, before = new_tuner(), num_tunings()
-    monkeypatch.setattr(tuning, "_is_capturing", lambda: True)
+    monkeypatch.setattr(tuning, "is_capturing", lambda: True)
     assert choose(tuner, Clock({})) == CANDIDATES[0]
-    monkeypatch.setattr(tuning, "_is_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "is_capturing", lambda: False)
     for size, best in ((64, Config(128, "b")), (4096, Config(128))):
         choose(tuner, Clock(TIMES | {best: 0.5}), key=(size, *KEY[1:]))
     assert num_tunings() == before + 2
-    monkeypatch.setattr(tuning, "_is_capturing", lambda: True)
+    monkeypatch.setattr(tuning, "is_capturing", lambda: True)
     assert choose(tuner, Clock({}), key=(128, *KEY[1:])) == Config(128, "b")  # nearest: 64
     assert choose(tuner, Clock({}), key=(2048, *KEY[1:])) == Config(128)  # nearest: 4096
     assert choose(tuner, Clock({}), key=(128, 999)) == CANDIDATES[0]  # nothing like it
     assert num_tunings() == before + 2
-    monkeypatch.setattr(tuning, "_is_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "is_capturing", lambda: False)
     assert choose(tuner, Clock(TIMES), key=(128, *KEY[1:])) == Config(128)  # the stopgap was not remembered
 
 
