@@ -3,11 +3,12 @@
 
     absmax  = max |x|
     scale   = max(absmax, 2^-100) / 127        float32, correctly rounded; NaN if absmax is NaN or Inf
-    inverse = 127 / max(absmax, 2^-100)        float32, correctly rounded
+    inverse = 1 / scale                        float32, correctly rounded; 0 if scale is NaN
     x_q     = round_half_to_even(x * inverse)  both the product and the rounding in float32; 0 if scale is NaN
 
-It is rint(127 * x / absmax) of arXiv 2304.13013, section 2.2, with the reciprocal taken once a row. 127/absmax errs by
-at most half an ulp, so |x * inverse| < 127.5 and -128 never occurs.
+It is rint(127 * x / absmax) of arXiv 2304.13013, section 2.2, with the reciprocal taken once a row. Three roundings err by
+half an ulp each, so |x * inverse| < 127.5 and -128 never occurs. x_q depends on x and the scale alone: who has the scale
+needs no absmax.
 
 The floor 2^-100 replaces a case for zero: an all-zero row has a tiny, finite, normal scale. Below the floor nothing
 depends on subnormals, which some devices flush: an x below 2^-107 gives 0 either way.
@@ -60,8 +61,12 @@ def scale_and_inverse_reference(
     # A tensor, not a number: CUDA divides by a number by multiplying with its rounded reciprocal.
     max_value = torch.full_like(absmax, number_format.max_value)
     scale = torch.where(finite, absmax / max_value, torch.nan)
-    inverse = torch.where(finite, max_value / absmax, 0.0)
-    return scale, inverse
+    return scale, inverse_reference(scale)
+
+
+def inverse_reference(scale: torch.Tensor) -> torch.Tensor:
+    """What `round_reference` multiplies with, of a scale that `scale_and_inverse_reference` gave."""
+    return torch.where(scale.isfinite(), torch.ones_like(scale) / scale, 0.0)
 
 
 def round_reference(x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
@@ -95,10 +100,15 @@ def scale_and_inverse(absmax_bits, MAX_VALUE: tl.constexpr = _MAX_VALUE):
     absmax = tl.where(finite, absmax_bits, 0).to(tl.float32, bitcast=True)
     absmax = tl.maximum(absmax, _SMALLEST_ABSMAX)
     max_value = tl.full(absmax.shape, MAX_VALUE, tl.float32)
-    scale = tl.div_rn(absmax, max_value)
     nan = tl.full(absmax.shape, _NAN_BITS, tl.int32).to(tl.float32, bitcast=True)
-    inverse = tl.div_rn(max_value, absmax)
-    return tl.where(finite, scale, nan), tl.where(finite, inverse, 0.0)
+    scale = tl.where(finite, tl.div_rn(absmax, max_value), nan)
+    return scale, inverse_of(scale)
+
+
+@triton.jit
+def inverse_of(scale):
+    """What `round_to_int8` multiplies with, of a scale that `scale_and_inverse` gave; 0 for NaN."""
+    return tl.where(scale > 0.0, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), 0.0)
 
 
 @triton.jit

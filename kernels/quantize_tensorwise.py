@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Tensor-wise int8 quantisation, as it is, transposed, or both.
+"""Tensor-wise int8 quantisation, as it is, transposed, or both; also by a scale that is known.
 
 Shapes: N rows (out features), K columns (in features); R rows and C columns in the order of storage.
 """
@@ -14,6 +14,8 @@ from swcompile.kernels.int8 import (
     absmax_reference,
     check_quantizer_input,
     has_unit_inner_stride,
+    inverse_of,
+    inverse_reference,
     magnitude_bits,
     round_reference,
     round_to_int8,
@@ -53,6 +55,25 @@ def quantize_tensorwise_both(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return QUANTIZE_TENSORWISE_BOTH(x_NK)
 
 
+def quantize_by_scale(x_NK: torch.Tensor, scale_11: torch.Tensor, transpose: bool) -> torch.Tensor:
+    """The x_q of `quantize_tensorwise` or `quantize_tensorwise_transpose`, bit for bit, by the scale that it gave for x.
+
+    For the backward: it reads the weight once, where finding the scale again would read it twice.
+
+    Args:
+        x_NK: [N, K] bfloat16, float16 or float32, any strides.
+        scale_11: [1, 1] float32.
+        transpose: give x_q transposed.
+
+    Returns:
+        x_q [N, K] int8, contiguous, or [K, N] transposed.
+
+    Raises:
+        ValueError: x is of another dtype, or not a matrix; the scale is no single float32.
+    """
+    return QUANTIZE_BY_SCALE(x_NK, scale_11, transpose)
+
+
 def quantize_tensorwise_reference(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_tensorwise` in plain PyTorch, bit for bit."""
     check_quantizer_input("quantize_tensorwise", x_NK)
@@ -71,6 +92,20 @@ def quantize_tensorwise_both_reference(
     """`quantize_tensorwise_both` in plain PyTorch, bit for bit."""
     x_q_NK, scale_11 = quantize_tensorwise_reference(x_NK)
     return x_q_NK, x_q_NK.t().clone(memory_format=torch.contiguous_format), scale_11
+
+
+def quantize_by_scale_reference(x_NK: torch.Tensor, scale_11: torch.Tensor, transpose: bool) -> torch.Tensor:
+    """`quantize_by_scale` in plain PyTorch, bit for bit."""
+    _check_scale(scale_11)
+    check_quantizer_input("quantize_by_scale", x_NK)
+    x_q_NK = round_reference(x_NK, inverse_reference(scale_11))
+    return (x_q_NK.t() if transpose else x_q_NK).clone(memory_format=torch.contiguous_format)
+
+
+def quantize_by_scale_work(num_rows: int, num_columns: int, itemsize: int) -> Work:
+    """One multiplication an element; x read once."""
+    num_elements = num_rows * num_columns
+    return Work(flops=num_elements, bytes=num_elements * (itemsize + 1) + 4)
 
 
 def quantize_tensorwise_work(num_rows: int, num_columns: int, itemsize: int, *, num_outputs: int = 1) -> Work:
@@ -103,6 +138,14 @@ def quantize_tensorwise_both_triton(x_NK: torch.Tensor) -> tuple[torch.Tensor, t
     return x_q_NK, x_q_KN, scale_11
 
 
+def quantize_by_scale_triton(x_NK: torch.Tensor, scale_11: torch.Tensor, transpose: bool) -> torch.Tensor:
+    """`quantize_by_scale` by the Triton kernel: what the op does on CUDA."""
+    x_q_NK, x_q_KN, _ = _quantize(x_NK, scale_11, same=not transpose, transposed=transpose)
+    x_q = x_q_KN if transpose else x_q_NK
+    assert x_q is not None
+    return x_q
+
+
 class TileConfig(NamedTuple):
     """The tile that a program loads, rounds and stores."""
 
@@ -125,15 +168,17 @@ CANDIDATES = [
 ]
 
 
-def _quantize(x_NK: torch.Tensor, *, same: bool, transposed: bool) -> "Outputs":
+def _quantize(
+    x_NK: torch.Tensor, known_scale: torch.Tensor | None = None, *, same: bool, transposed: bool
+) -> "Outputs":
     """(x_q, x_q transposed, scale); of the first two, one not asked for is None."""
-    launch = PLANS.find([x_NK], same, transposed)
+    launch = PLANS.find([x_NK, known_scale], same, transposed)
     if launch is None:
         if x_NK.stride(0) == 1:  # stored as its transpose: swap the two outputs instead
-            x_q_KN, x_q_NK, scale_11 = _quantize(x_NK.t(), same=transposed, transposed=same)
+            x_q_KN, x_q_NK, scale_11 = _quantize(x_NK.t(), known_scale, same=transposed, transposed=same)
             return x_q_NK, x_q_KN, scale_11
-        return _quantize(x_NK.contiguous(), same=same, transposed=transposed)
-    outputs = _empty_outputs(x_NK, same, transposed)
+        return _quantize(x_NK.contiguous(), known_scale, same=same, transposed=transposed)
+    outputs = _outputs(x_NK, known_scale, same, transposed)
     launch(x_NK, *outputs)
     return outputs
 
@@ -141,45 +186,54 @@ def _quantize(x_NK: torch.Tensor, *, same: bool, transposed: bool) -> "Outputs":
 Outputs = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]
 
 
-def _empty_outputs(x_RC: torch.Tensor, same: bool, transposed: bool) -> Outputs:
+def _outputs(x_RC: torch.Tensor, known_scale: torch.Tensor | None, same: bool, transposed: bool) -> Outputs:
     num_rows, num_columns = x_RC.shape
     x_q_RC = empty((num_rows, num_columns), torch.int8, x_RC.device) if same else None
     x_q_CR = empty((num_columns, num_rows), torch.int8, x_RC.device) if transposed else None
-    return x_q_RC, x_q_CR, empty((1, 1), torch.float32, x_RC.device)
+    return x_q_RC, x_q_CR, empty((1, 1), torch.float32, x_RC.device) if known_scale is None else known_scale
 
 
-def _prepare(x_NK: torch.Tensor, same: bool, transposed: bool) -> Callable[..., None] | None:
+def _prepare(
+    x_NK: torch.Tensor, known_scale: torch.Tensor | None, same: bool, transposed: bool
+) -> Callable[..., None] | None:
     """Launches the kernels on (x, x_q, x_q transposed, scale); None where x does not have its rows contiguous."""
-    check_quantizer_input("quantize_tensorwise", x_NK)
+    check_quantizer_input("quantize_tensorwise" if known_scale is None else "quantize_by_scale", x_NK)
+    if known_scale is not None:
+        _check_scale(known_scale)
     if not has_unit_inner_stride(x_NK):
         return None
     num_rows, num_columns = x_NK.shape
-    outputs = _empty_outputs(x_NK, same, transposed)
+    outputs, knows_scale = _outputs(x_NK, known_scale, same, transposed), known_scale is not None
+
+    def prepared(config: TileConfig) -> Callable[..., None]:
+        return launcher(config, x_NK, same=same, transposed=transposed, knows_scale=knows_scale)
 
     def run(config: TileConfig) -> None:
-        launcher(config, x_NK, same=same, transposed=transposed)(x_NK, *outputs)
+        prepared(config)(x_NK, *outputs)
 
-    key = (bucket(num_rows), num_columns, x_NK.dtype, same, transposed)
-    config = TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device)
-    return launcher(config, x_NK, same=same, transposed=transposed)
+    key = (bucket(num_rows), num_columns, x_NK.dtype, same, transposed, knows_scale)
+    return prepared(TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device))
 
 
 PLANS = Plans(_prepare)
 
 
-def launcher(config: TileConfig, x_RC: torch.Tensor, *, same: bool, transposed: bool) -> Callable[..., None]:
-    """Launches both kernels on (x, x_q, x_q transposed, scale) in the given configuration.
+def launcher(
+    config: TileConfig, x_RC: torch.Tensor, *, same: bool, transposed: bool, knows_scale: bool = False
+) -> Callable[..., None]:
+    """Launches the kernels on (x, x_q, x_q transposed, scale) in the given configuration.
 
-    An output that is not asked for is None.
+    An output that is not asked for is None. The scale is written by them, or read if they need not find it.
     """
     num_rows, num_columns = x_RC.shape
     num_tiles = triton.cdiv(num_rows, config.rows) * triton.cdiv(num_columns, config.columns)
     facts = device_facts(x_RC.device)
     # The second kernel is launched while the first one runs, and waits inside (programmatic dependent launch).
-    overlap = {"launch_pdl": True} if x_RC.is_cuda and facts.capability >= (9, 0) else {}
+    overlaps = x_RC.is_cuda and facts.capability >= (9, 0) and not knows_scale
+    overlap = {"launch_pdl": True} if overlaps else {}
     num_absmax_tiles = triton.cdiv(num_rows, _ABSMAX_BLOCK_R) * triton.cdiv(num_columns, _ABSMAX_BLOCK_C)
     num_partials = 0
-    if num_absmax_tiles:
+    if num_absmax_tiles and not knows_scale:
         num_partials = triton.cdiv(num_absmax_tiles, triton.cdiv(num_absmax_tiles, MAX_PARTIALS))  # as many tiles each
     find_absmax = Launcher(
         _absmax_kernel,
@@ -189,7 +243,7 @@ def launcher(config: TileConfig, x_RC: torch.Tensor, *, same: bool, transposed: 
         x_RC.stride(0),
         BLOCK_R=_ABSMAX_BLOCK_R,
         BLOCK_C=_ABSMAX_BLOCK_C,
-        OVERLAP=bool(overlap),
+        OVERLAP=overlaps,
         num_warps=_ABSMAX_WARPS,
     )
     quantize = Launcher(
@@ -205,7 +259,8 @@ def launcher(config: TileConfig, x_RC: torch.Tensor, *, same: bool, transposed: 
         SAME=same,
         TRANSPOSED=transposed,
         LOADS_EARLY=config.loads_early,
-        OVERLAP=bool(overlap),
+        KNOWS_SCALE=knows_scale,
+        OVERLAP=overlaps,
         num_warps=config.num_warps,
         enable_fp_fusion=False,
         **overlap,
@@ -217,7 +272,7 @@ def launcher(config: TileConfig, x_RC: torch.Tensor, *, same: bool, transposed: 
         transposed_CR: torch.Tensor | None,
         scale_11: torch.Tensor,
     ) -> None:
-        partial_P = empty((MAX_PARTIALS,), torch.int32, x_RC.device)
+        partial_P = None if knows_scale else empty((MAX_PARTIALS,), torch.int32, x_RC.device)
         if num_partials:
             find_absmax(x_RC, partial_P)
         quantize(x_RC, partial_P, same_RC, transposed_CR, scale_11)
@@ -271,6 +326,7 @@ def _quantize_tiles_kernel(
     SAME: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     LOADS_EARLY: tl.constexpr,
+    KNOWS_SCALE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Program p: int8 of tiles p, p + P, p + 2 P, ... of P programs, counted from the end: what was read last is cached."""
@@ -282,10 +338,13 @@ def _quantize_tiles_kernel(
         x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()  # `_absmax_kernel` has ended; nothing was written before
-    index = tl.arange(0, MAX_PARTIALS)
-    partial = tl.load(partial_ptr + index, mask=index < num_partials, other=0)
-    scale, inverse = scale_and_inverse(tl.max(partial, axis=0))
-    tl.store(scale_ptr, scale)  # every program writes the same bits
+    if KNOWS_SCALE:
+        inverse = inverse_of(tl.load(scale_ptr))
+    else:
+        index = tl.arange(0, MAX_PARTIALS)
+        partial = tl.load(partial_ptr + index, mask=index < num_partials, other=0)
+        scale, inverse = scale_and_inverse(tl.max(partial, axis=0))
+        tl.store(scale_ptr, scale)  # every program writes the same bits
     if not LOADS_EARLY:
         x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
     x_q = round_to_int8(x, inverse)
@@ -306,6 +365,11 @@ def _tile(tile, tiles_per_row, num_rows, num_columns, BLOCK_R: tl.constexpr, BLO
 
 
 TUNER: Tuner[TileConfig] = Tuner("quantize_tensorwise", [__file__, int8.__file__])
+
+
+def _check_scale(scale: torch.Tensor) -> None:
+    if scale.dtype != torch.float32 or scale.shape != (1, 1):
+        raise ValueError(f"quantize_by_scale: scale is {scale.dtype} {tuple(scale.shape)}, but must be float32 (1, 1)")
 
 
 def _fake(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -343,4 +407,17 @@ QUANTIZE_TENSORWISE_BOTH = define_op(
     reference=quantize_tensorwise_both_reference,
     cuda=quantize_tensorwise_both_triton,
     fake=_fake_both,
+)
+
+
+def _fake_by_scale(x_NK: torch.Tensor, scale_11: torch.Tensor, transpose: bool) -> torch.Tensor:
+    _check_scale(scale_11)
+    return _fake(x_NK.t() if transpose else x_NK)[0]
+
+
+QUANTIZE_BY_SCALE = define_op(
+    "quantize_by_scale(Tensor x, Tensor scale, bool transpose) -> Tensor",
+    reference=quantize_by_scale_reference,
+    cuda=quantize_by_scale_triton,
+    fake=_fake_by_scale,
 )

@@ -28,7 +28,7 @@ from swcompile.kernels.quantize_columnwise import (
     quantize_columnwise_transpose_work,
 )
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE, quantize_rowwise_work
-from swcompile.kernels.quantize_tensorwise import quantize_tensorwise_work
+from swcompile.kernels.quantize_tensorwise import quantize_by_scale_work, quantize_tensorwise_work
 from swcompile.kernels.scaled_mm import SCALED_MM, scaled_mm_work
 from swcompile.kernels.scaled_mm_e4m3 import SCALED_MM_E4M3
 from swcompile.kernels.timing import intervals_ms
@@ -75,6 +75,8 @@ class Candidate(NamedTuple):
     """The activation is quantised in the kernel that computes it, which then only writes int8 in addition."""
     weight_passes: int = 1
     """How many passes the quantised weight serves; each bears its share."""
+    scale_sharers: int = 1
+    """How many candidates read the weight by the one scale that is found for all of them; each bears its share."""
 
 
 class Prediction(NamedTuple):
@@ -134,7 +136,7 @@ def _original(matmul: Matmul, rates: DeviceRates | None) -> tuple[float, float]:
 
 
 def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
-    matmul, gemm, sharers, is_fused, weight_passes = candidate
+    matmul, gemm, sharers, is_fused, weight_passes, scale_sharers = candidate
     value = matmul.node.meta["val"]
     original, original_host = _original(matmul, rates)
     rates = rates or device_rates(value.device, value.dtype, gemm.number_format)
@@ -148,19 +150,24 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     multiply = scaled_mm_work(m, n, k, itemsize)
     # An operand with one scale, or with scales for what is not summed over, is read twice, and takes two kernels: one for
     # its absmax and one that rounds; by columns, one that sets the maxima to zero and one that does the rest.
-    activation_kernels, weight_kernels = 1, 2 if gemm.weight is Scaling.TENSOR else 1
+    activation_kernels, weight_kernels = 1.0, 1.0
     if matmul.role is Role.GRAD_WEIGHT:
-        activation_kernels = weight_kernels = 2
+        activation_kernels = weight_kernels = 2.0
         work_other, work_weight = (
             quantize_columnwise_transpose_work(k, rows, itemsize).bytes for rows in (other_rows, weight_rows)
         )
         quantize_other, quantize_weight = work_other / rates.quantize_columns, work_weight / rates.quantize_columns
     else:
-        quantize = quantize_tensorwise_work if gemm.weight is Scaling.TENSOR else quantize_rowwise_work
         quantize_other = quantize_rowwise_work(other_rows, k, itemsize).bytes / rates.quantize
-        quantize_weight = quantize(weight_rows, k, weight_itemsize).bytes / rates.quantize
+        if gemm.weight is Scaling.TENSOR:
+            once, whole = (work(weight_rows, k, weight_itemsize).bytes for work in (quantize_by_scale_work, quantize_tensorwise_work))
+            weight_bytes = once + (whole - once) / scale_sharers
+            weight_kernels += 1 / scale_sharers
+        else:
+            weight_bytes = quantize_rowwise_work(weight_rows, k, weight_itemsize).bytes
+        quantize_weight = weight_bytes / rates.quantize
     if is_fused:
-        quantize_other, activation_kernels = other_rows * (k + 4) / rates.quantize, 0
+        quantize_other, activation_kernels = other_rows * (k + 4) / rates.quantize, 0.0
     quantize_other += activation_kernels * rates.kernel
     quantize_weight += weight_kernels * rates.kernel
     return _Times(

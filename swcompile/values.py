@@ -12,7 +12,11 @@ from swcompile.kernels.quantize_columnwise import (
     QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3,
 )
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
-from swcompile.kernels.quantize_tensorwise import QUANTIZE_TENSORWISE, QUANTIZE_TENSORWISE_TRANSPOSE
+from swcompile.kernels.quantize_tensorwise import (
+    QUANTIZE_BY_SCALE,
+    QUANTIZE_TENSORWISE,
+    QUANTIZE_TENSORWISE_TRANSPOSE,
+)
 from swcompile.kernels.scaled_mm import OUTPUT_DTYPES
 
 aten = torch.ops.aten
@@ -42,6 +46,7 @@ VIEWS = ALIASES | RESHAPES | _SPLITS | {aten.clone.default}
 
 CASTS = {prims.convert_element_type.default, aten._to_copy.default}
 QUANTIZERS = {
+    QUANTIZE_BY_SCALE,
     QUANTIZE_COLUMNWISE_TRANSPOSE,
     QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3,
     QUANTIZE_ROWWISE,

@@ -12,15 +12,15 @@ from swcompile.kernels.formats import E4M3
 def fake_quantize(x: torch.Tensor, scaling: Scaling) -> torch.Tensor:
     """float64 values of x [outer, contracted] after rounding to int8, by the rule that `kernels/int8.py` states."""
     x = x.float()
-    absmax = x.abs().amax(1, keepdim=True) if scaling is Scaling.VECTOR else x.abs().amax()
-    return (x * (torch.tensor(127.0) / absmax)).round().double() * (absmax / torch.tensor(127.0)).double()
+    scale = (x.abs().amax(1, keepdim=True) if scaling is Scaling.VECTOR else x.abs().amax()) / torch.tensor(127.0)
+    return (x * (torch.tensor(1.0) / scale)).round().double() * scale.double()
 
 
 def fake_quantize_e4m3(x: torch.Tensor) -> torch.Tensor:
     """float64 values of x [outer, contracted] after rounding to float8_e4m3fn with a scale a row."""
     x = x.float()
-    absmax = x.abs().amax(1, keepdim=True)
-    return (x * (torch.tensor(448.0) / absmax)).to(torch.float8_e4m3fn).double() * (absmax / torch.tensor(448.0)).double()
+    scale = x.abs().amax(1, keepdim=True) / torch.tensor(448.0)
+    return (x * (torch.tensor(1.0) / scale)).to(torch.float8_e4m3fn).double() * scale.double()
 
 
 def gemm(a: torch.Tensor, b: torch.Tensor, gemm_format: GemmFormat | None) -> torch.Tensor:

@@ -200,9 +200,23 @@ def test_an_activation_that_its_own_kernel_quantises_costs_the_bytes_of_int8(mon
     assert speedups[True]["2.weight", "output"] > speedups[False]["2.weight", "output"]
     seconds = 2 * 1024 * 512 * 256 / RATES.matmul + RATES.kernel
     multiply = max(seconds - RATES.kernel, 0) / 2 + RATES.kernel
-    weight = 256 * 512 * (2 * 4 + 1) / RATES.quantize + 4 / RATES.quantize + 2 * RATES.kernel
+    # Rounding the weight, and half of finding its scale, which the backward reads too.
+    weight = (256 * 512 * (4 + 1) + 4 + 256 * 512 * 4 / 2) / RATES.quantize + 1.5 * RATES.kernel
     expected = seconds / (multiply + 1024 * (512 + 4) / RATES.quantize + weight)
     assert speedups[True]["2.weight", "output"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_scale_that_is_not_shared_is_found_by_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "device_rates", lambda *of: RATES)
+    times = {}
+    for micro_batches in (1, 2):  # passes of their own look for a weight with its own scale
+        x = torch.randn(64, 256, requires_grad=True)
+        report = swcompile.explain(nn.Linear(256, 512), x, include="*", recipe="switchback", micro_batches=micro_batches)
+        original = 2 * 64 * 512 * 256 / RATES.matmul + RATES.kernel
+        times[micro_batches] = [original / d.speedup for d in report.decisions if d.speedup]
+    rounding = (256 * 512 * (4 + 1) + 4) / RATES.quantize + RATES.kernel  # two matmuls share the scale, two passes this, too
+    for of_both, of_both_passes in zip(times[1], times[2], strict=True):
+        assert of_both - of_both_passes == pytest.approx(rounding / 2, rel=1e-3)
 
 
 def test_short_sums_wait_for_their_results(monkeypatch: pytest.MonkeyPatch) -> None:

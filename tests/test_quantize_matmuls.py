@@ -13,13 +13,18 @@ import pytest
 import torch
 from torch import fx, nn
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch.utils.checkpoint import checkpoint
 
 import swcompile
 from swcompile import Decision, Role, Scaling, format_graph, joint_passes, make_recipe
 from swcompile.cost import Prediction
 from swcompile.kernels.quantize_columnwise import QUANTIZE_COLUMNWISE_TRANSPOSE, padded
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
-from swcompile.kernels.quantize_tensorwise import QUANTIZE_TENSORWISE, QUANTIZE_TENSORWISE_TRANSPOSE
+from swcompile.kernels.quantize_tensorwise import (
+    QUANTIZE_BY_SCALE,
+    QUANTIZE_TENSORWISE,
+    QUANTIZE_TENSORWISE_TRANSPOSE,
+)
 from swcompile.kernels.scaled_mm import MAX_K, SCALED_MM
 
 ALL: dict[str, Any] = {"include": ["*"], "skip_slower": False}
@@ -57,9 +62,25 @@ SWITCHBACK = """\
 %13: (i8[8, 64], f32[8, 1]) = swcompile.quantize_rowwise(%3)
 %14: i8[8, 64] = getitem(%13, 0)
 %15: f32[8, 1] = getitem(%13, 1)
-%16: (i8[32, 64], f32[1, 1]) = swcompile.quantize_tensorwise_transpose(%12)
+%16: i8[32, 64] = swcompile.quantize_by_scale(%12, %10, True)
+%17: f32[8, 32] = swcompile.scaled_mm(%14, %16, %15, %10, None, f32)
+%18: f32[64, 8] = aten.permute(%3, [1, 0])
+%19: f32[64, 32] = aten.mm(%18, %2)
+%20: f32[32, 64] = aten.permute(%19, [1, 0])
+%21: f32[1, 64] = aten.sum.dim_IntList(%3, [0], True)
+%22: f32[64] = aten.view(%21, [64])
+%23: f32[64, 32] = aten.permute(%20, [1, 0])
+return %11, %23, %22, %17"""
+
+# Vector-wise weights: in other scales along their rows than along their columns.
+SWITCHBACK_Q = (
+    SWITCHBACK.partition("%16:")[0]
+    .replace("f32[1, 1]) = swcompile.quantize_tensorwise(", "f32[64, 1]) = swcompile.quantize_rowwise(")
+    .replace("%10: f32[1, 1]", "%10: f32[64, 1]")
+    + """\
+%16: (i8[32, 64], f32[32, 1]) = swcompile.quantize_columnwise_transpose(%12)
 %17: i8[32, 64] = getitem(%16, 0)
-%18: f32[1, 1] = getitem(%16, 1)
+%18: f32[32, 1] = getitem(%16, 1)
 %19: f32[8, 32] = swcompile.scaled_mm(%14, %17, %15, %18, None, f32)
 %20: f32[64, 8] = aten.permute(%3, [1, 0])
 %21: f32[64, 32] = aten.mm(%20, %2)
@@ -68,15 +89,6 @@ SWITCHBACK = """\
 %24: f32[64] = aten.view(%23, [64])
 %25: f32[64, 32] = aten.permute(%22, [1, 0])
 return %11, %25, %24, %19"""
-
-# Vector-wise weights: of the same nodes, only those that quantise the weight differ.
-SWITCHBACK_Q = (
-    SWITCHBACK.replace(
-        "f32[1, 1]) = swcompile.quantize_tensorwise(", "f32[64, 1]) = swcompile.quantize_rowwise("
-    )
-    .replace("f32[1, 1]) = swcompile.quantize_tensorwise_", "f32[32, 1]) = swcompile.quantize_columnwise_")
-    .replace("%10: f32[1, 1]", "%10: f32[64, 1]")
-    .replace("%18: f32[1, 1]", "%18: f32[32, 1]")
 )
 
 LLM_INT8 = (
@@ -259,7 +271,35 @@ def test_one_activation_is_quantised_once_and_each_weight_twice() -> None:
     # x for q, k and v together, the input of o, and the gradients of four outputs
     assert count(joint.graph, QUANTIZE_ROWWISE) == 1 + 1 + 4
     assert count(joint.graph, SCALED_MM) == 8
-    assert count(joint.graph, QUANTIZE_TENSORWISE) == count(joint.graph, QUANTIZE_TENSORWISE_TRANSPOSE) == 4
+    assert count(joint.graph, QUANTIZE_TENSORWISE) == count(joint.graph, QUANTIZE_BY_SCALE) == 4
+    assert count(joint.graph, QUANTIZE_TENSORWISE_TRANSPOSE) == 0
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_backward_gets_the_scales_of_weights_and_finds_none_again(checkpointed: bool) -> None:
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(IN, OUT), nn.Tanh(), nn.Linear(OUT, IN)) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = x + (checkpoint(block, x, use_reentrant=False) if checkpointed else block(x))
+            return x
+
+    graphs: list[fx.Graph] = []
+    hook = {"post_grad_custom_pre_pass": graphs.append, "force_disable_caches": True}
+    compiled = torch.compile(Blocks(), backend="switchback", options=ALL | {"inductor": hook})
+    compiled(x_of()).sum().backward()
+    forward, backward = graphs
+    assert count(forward, QUANTIZE_TENSORWISE) == 4
+    # A checkpoint computes the first layer of a block again, with the weight in int8; of the second it needs nothing.
+    expected = {QUANTIZE_TENSORWISE: 2, QUANTIZE_TENSORWISE_TRANSPOSE: 4, QUANTIZE_BY_SCALE: 0}
+    if not checkpointed:
+        expected = {QUANTIZE_TENSORWISE: 0, QUANTIZE_TENSORWISE_TRANSPOSE: 0, QUANTIZE_BY_SCALE: 4}
+    assert {op: count(backward, op) for op in expected} == expected
+    kept = [value for value in forward.output_node().all_input_nodes if value.meta["val"].dtype == torch.int8]
+    assert kept == []
 
 
 @pytest.mark.parametrize("recipe", ["switchback", "llm_int8"])
@@ -298,9 +338,9 @@ def test_a_shared_weight_is_quantised_once_a_direction() -> None:
         return x + ((x @ m.weight.T).tanh() @ m.weight.T).tanh() @ m.weight
 
     joint, _ = rewrite(Model(call, weight=torch.randn(IN, IN)), x_of())
-    # In forward and backward each, once along its rows and once along its columns.
+    # In forward and backward each, once along its rows and once along its columns; its scale once.
     assert count(joint.graph, SCALED_MM) == 6
-    assert count(joint.graph, QUANTIZE_TENSORWISE) == count(joint.graph, QUANTIZE_TENSORWISE_TRANSPOSE) == 2
+    assert count(joint.graph, QUANTIZE_TENSORWISE) == 1 and count(joint.graph, QUANTIZE_BY_SCALE) == 3
 
 
 @pytest.mark.parametrize("recipe", swcompile.RECIPES)
@@ -323,7 +363,8 @@ def test_the_backward_quantises_what_it_reads_of_the_forward_itself(recipe: str)
     quantised = [n.args[0].meta["val"].shape for n in late if "swcompile.quantize" in str(n.target)]
     # The transposed weight; where grad_weight is in 8 bit the activation, in other scales than the forward's, too.
     assert quantised == [(OUT, IN)] + [(TOKENS, IN)] * (recipe in ("llm_int8", "switchback_full"))
-    assert sum(n.target is operator.getitem for n in late) == 2 * len(quantised)  # values and scales
+    num_scales = len(quantised) - any(n.target == QUANTIZE_BY_SCALE for n in late)
+    assert sum(n.target is operator.getitem for n in late) == 2 * num_scales  # values and scales
 
 
 def test_addmm_with_a_matrix_and_factors() -> None:

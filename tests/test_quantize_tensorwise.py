@@ -1,4 +1,4 @@
-"""quantize_tensorwise, _transpose and _both: one scale, and the same bits in either order."""
+"""quantize_tensorwise, _transpose, _both and quantize_by_scale: one scale, and the same bits in either order."""
 
 import pytest
 import torch
@@ -6,11 +6,16 @@ import torch
 from swcompile.kernels import quantize_tensorwise as module
 from swcompile.kernels.quantize_tensorwise import (
     CANDIDATES,
+    QUANTIZE_BY_SCALE,
     QUANTIZE_TENSORWISE,
     QUANTIZE_TENSORWISE_BOTH,
     QUANTIZE_TENSORWISE_TRANSPOSE,
     TileConfig,
     launcher,
+    quantize_by_scale,
+    quantize_by_scale_reference,
+    quantize_by_scale_triton,
+    quantize_by_scale_work,
     quantize_tensorwise,
     quantize_tensorwise_both,
     quantize_tensorwise_reference,
@@ -109,6 +114,21 @@ def test_anything_not_finite_poisons_all(op, suffix, poison):
     assert scale.isnan().all() and x_q.eq(0).all()
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("by_scale", [quantize_by_scale_reference, quantize_by_scale_triton])
+@pytest.mark.parametrize("size", [1.0, 0.0, 2.0**-149, 1e30, float("nan")])
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.t(), lambda x: x[::3], lambda x: x[:0], lambda x: x[:, :0]])
+def test_a_known_scale_gives_the_same_bits(by_scale, transpose, size, view):
+    x = view(torch.randn(83, 132, device=DEVICE) * size)
+    x_q, scale = quantize_tensorwise_reference(x)
+    before = scale.clone()
+    result = by_scale(x, scale, transpose)
+    assert result.is_contiguous() and torch.equal(result.t() if transpose else result, x_q)
+    assert torch.equal(scale.view(torch.int32), before.view(torch.int32))
+    if size == 1.0 and x.numel():  # the scale is what decides
+        assert by_scale(x, 2 * scale, transpose).abs().max() in (63, 64)
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("suffix", ["_reference", "_triton"])
 @pytest.mark.parametrize("size", [0.0, 2.0**-149, 1e-36, 1e-20, 1e30, torch.finfo(torch.float32).max])
@@ -150,16 +170,31 @@ def test_user_errors(op):
         getattr(module, op)(torch.ones(2, 2, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [(torch.ones(1, 1, dtype=torch.float64), "float64.*must be float32"), (torch.ones(3, 1), r"\(3, 1\).*\(1, 1\)")],
+)
+def test_user_errors_of_a_known_scale(scale, message):
+    for x_q in (quantize_by_scale_triton, quantize_by_scale):
+        with pytest.raises(ValueError, match=message):
+            x_q(torch.ones(3, 2, device=DEVICE), scale.to(DEVICE), False)
+    with pytest.raises(ValueError, match="quantize_by_scale: x is torch.float64"):
+        quantize_by_scale(torch.ones(3, 2, dtype=torch.float64), torch.ones(1, 1), False)
+
+
 @pytest.mark.parametrize("op", [QUANTIZE_TENSORWISE, QUANTIZE_TENSORWISE_TRANSPOSE, QUANTIZE_TENSORWISE_BOTH])
 @pytest.mark.parametrize("x", [torch.randn(5, 24), torch.randn(24, 5).t(), torch.randn(1, 3).bfloat16()])
 def test_opcheck(op, x):
     torch.library.opcheck(op, (x.to(DEVICE),))
+    for transpose in (False, True):
+        torch.library.opcheck(QUANTIZE_BY_SCALE, (x.to(DEVICE), torch.ones(1, 1, device=DEVICE), transpose))
 
 
 def test_work():
     # 3 x 5 bfloat16: read twice, 60 bytes; 15 for each output; 4 for the scale
     assert quantize_tensorwise_work(3, 5, 2) == (30, 79)
     assert quantize_tensorwise_work(3, 5, 2, num_outputs=2) == (30, 94)
+    assert quantize_by_scale_work(3, 5, 2) == (15, 49)
 
 
 @pytest.mark.gpu
@@ -187,6 +222,11 @@ def test_every_configuration_on_many_tiles(config, shape, op):
     expected = quantize_tensorwise_reference(x)
     for _ in range(20):  # programs that meet on the GPU
         assert_same_bits(in_original_order(op, launch_config(config, x, op)), expected)
+    for transpose in (False, True):
+        x_q = torch.full(x.t().shape if transpose else x.shape, -1, dtype=torch.int8, device="cuda")
+        launch = launcher(config, x, same=not transpose, transposed=transpose, knows_scale=True)
+        launch(x, *((None, x_q) if transpose else (x_q, None)), expected[1])
+        assert torch.equal(x_q.t() if transpose else x_q, expected[0])
 
 
 @pytest.mark.gpu

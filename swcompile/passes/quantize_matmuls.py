@@ -19,7 +19,11 @@ from swcompile.kernels.quantize_columnwise import (
     QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3,
 )
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
-from swcompile.kernels.quantize_tensorwise import QUANTIZE_TENSORWISE, QUANTIZE_TENSORWISE_TRANSPOSE
+from swcompile.kernels.quantize_tensorwise import (
+    QUANTIZE_BY_SCALE,
+    QUANTIZE_TENSORWISE,
+    QUANTIZE_TENSORWISE_TRANSPOSE,
+)
 from swcompile.kernels.scaled_mm import SCALED_MM
 from swcompile.kernels.scaled_mm_e4m3 import SCALED_MM_E4M3
 from swcompile.pipeline import PassResult, emit
@@ -61,7 +65,9 @@ def quantize_matmuls(
     A weight is quantised from the parameter itself, without the cast that autocast puts between (a cast that says
     something about the values, to integers or 8 bit, stays); a tensor that several matmuls read is quantised once,
     also where autocast casts it for each. Weights are quantised again in the backward, so that no int8 copy lives
-    from forward to backward.
+    from forward to backward; where they have one scale, by the forward's, so that they are read once::
+
+        %12: i8[32, 64] = swcompile.quantize_by_scale(%0, %w_scale, True)
 
     Args:
         graph: a joint or inference graph whose parameters are known (`swcompile.graph.parameters`).
@@ -76,6 +82,7 @@ def quantize_matmuls(
     wanted = [matmul for matmul, decision in zip(found, decisions, strict=True) if _is_new(matmul, decision)]
     sharing = Counter(_activation_key(matmul) for matmul in wanted)
     readers = Counter(_weight_key(matmul) for matmul in wanted)
+    scale_readers = Counter(_weight_key(matmul)[0] for matmul in wanted if _keeps_scale(matmul, recipe))
     candidates = []
     for matmul in wanted:
         gemm = recipe.format_of(matmul.role)
@@ -83,12 +90,14 @@ def quantize_matmuls(
         sharers = sharing[_activation_key(matmul)]
         is_held = readers[_weight_key(matmul)] == 1 and _can_be_held(matmul, gemm)
         weight_passes = recipe.micro_batches if is_held else 1
-        candidates.append(Candidate(matmul, gemm, sharers, _will_be_fused(matmul, recipe), weight_passes))
+        scale_sharers = scale_readers[_weight_key(matmul)[0]] if _keeps_scale(matmul, recipe) else 1
+        is_fused = _will_be_fused(matmul, recipe)
+        candidates.append(Candidate(matmul, gemm, sharers, is_fused, weight_passes, scale_sharers))
     others = [matmul for matmul in found if matmul not in wanted]
     predictions = predict(candidates, others) if recipe.skip_slower else []
     predicted = {c.matmul.node: prediction for c, prediction in zip(candidates, predictions, strict=recipe.skip_slower)}
 
-    rewriter = _Rewriter(graph)
+    rewriter = _Rewriter(graph, one_scale={matmul.node for matmul in wanted if _keeps_scale(matmul, recipe)})
     result = PassResult()
     for matmul, decision in zip(found, decisions, strict=True):
         if matmul.node in predicted:
@@ -127,6 +136,17 @@ def _can_be_held(matmul: Matmul, gemm: GemmFormat) -> bool:
     return is_second and is_parameter and matmul.role is not Role.GRAD_WEIGHT  # which reads an activation
 
 
+def _keeps_scale(matmul: Matmul, recipe: Recipe) -> bool:
+    """Whether the weight is quantised by one scale that is found for all matmuls that read it.
+
+    Not for what a checkpoint computes again: the backward would find the scale again, for this alone; and not where
+    `hold_weights` looks for a weight with its own scale.
+    """
+    gemm = recipe.format_of(matmul.role)
+    has_one_scale = gemm is not None and gemm.weight is Scaling.TENSOR and matmul.role is not Role.GRAD_WEIGHT
+    return has_one_scale and recipe.micro_batches == 1 and "recompute" not in matmul.node.meta
+
+
 def _will_be_fused(matmul: Matmul, recipe: Recipe) -> bool:
     """Whether `fuse_quantization` will most likely quantise the activation in the kernel that computes it."""
     activation = matmul.rhs if matmul.weight_on_left else matmul.lhs
@@ -147,12 +167,19 @@ class _Sum(NamedTuple):
 
 
 class _Rewriter:
-    """Rewrites matmuls one by one and remembers what is quantised already."""
+    """Rewrites matmuls one by one and remembers what is quantised already.
 
-    def __init__(self, graph: fx.Graph):
+    Args:
+        graph: whose matmuls they are.
+        one_scale: those whose weights are quantised by one scale, found by the first of them.
+    """
+
+    def __init__(self, graph: fx.Graph, *, one_scale: set[fx.Node]):
         self.graph = graph
+        self.one_scale = one_scale
         self.backward = facts.backward_nodes(graph)
         self.quantized: dict[tuple[object, ...], tuple[fx.Node, fx.Node]] = {}
+        self.scales: dict[object, fx.Node] = {}
 
     def rewrite(self, matmul: Matmul, gemm: GemmFormat) -> None:
         """Replace one matmul by quantise and `scaled_mm`.
@@ -273,13 +300,21 @@ class _Rewriter:
     def _quantized(self, quantizer: Any, operand: fx.Node, like: fx.Node) -> tuple[fx.Node, fx.Node]:
         """What an op makes of an operand: emitted once for the forward, and once for the backward."""
         in_backward = like in self.backward
-        key = (values.memory_of(operand), quantizer, in_backward)
+        memory = values.memory_of(operand)
+        key = (memory, quantizer, in_backward)
         if key not in self.quantized:
             # What the backward quantises it quantises itself: an 8-bit copy is never kept for it from the forward.
             late = in_backward and operand not in self.backward
-            pair = emit(self.graph, quantizer, operand, like=like, only_in_backward=late)
-            q = emit(self.graph, getitem, pair, 0, like=like, only_in_backward=late)
-            scale = emit(self.graph, getitem, pair, 1, like=like, only_in_backward=late)
+            finds_one_scale = like in self.one_scale and quantizer in (QUANTIZE_TENSORWISE, QUANTIZE_TENSORWISE_TRANSPOSE)
+            if finds_one_scale and memory in self.scales:
+                scale, transpose = self.scales[memory], quantizer == QUANTIZE_TENSORWISE_TRANSPOSE
+                q = emit(self.graph, QUANTIZE_BY_SCALE, operand, scale, transpose, like=like, only_in_backward=late)
+            else:
+                pair = emit(self.graph, quantizer, operand, like=like, only_in_backward=late)
+                q = emit(self.graph, getitem, pair, 0, like=like, only_in_backward=late)
+                scale = emit(self.graph, getitem, pair, 1, like=like, only_in_backward=late)
+                if finds_one_scale:
+                    self.scales[memory] = scale
             q.meta["quantized_with"] = scale
             self.quantized[key] = q, scale
         return self.quantized[key]
