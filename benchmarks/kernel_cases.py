@@ -236,6 +236,6 @@ def _matmul_case(module: Any, op: str, shape: str, operands: Callable[[], tuple[
         operands=sets,
         run=getattr(torch.ops.swcompile, op).default,
         tuner=module.TUNER,
-        candidates=candidates(out.device, fits_tma(sets[0][0], sets[0][1], out), dtype),
+        candidates=candidates(out.device, fits_tma(sets[0][0], sets[0][1], out), dtype, num_rows, num_columns),
         launch=partial(_launch_matmul, out=out),
     )

@@ -305,7 +305,7 @@ def floor_ms(decisions: list[swcompile.Decision], *, is_ours: bool) -> float:
         rates = device_rates(device, torch.bfloat16, number_format or INT8)
         m, n, k = decision.shape
         if decision.parameter is not None and number_format is None:
-            seconds += 2 * m * n * k / rates.matmul
+            seconds += 2 * m * n * k / rates.matmul + m * n * rates.output
         elif decision.parameter is not None:
             seconds += 2 * m * n * k / rates.quantized_matmul + m * n * rates.quantized_output
     return 1e3 * seconds

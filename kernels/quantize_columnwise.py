@@ -159,8 +159,6 @@ CANDIDATES = [
     ColumnConfig(128, 64, 8, 2),
     ColumnConfig(128, 64, 4, 2),
     ColumnConfig(128, 64, 4, 1),
-    ColumnConfig(64, 128, 4, 2),
-    ColumnConfig(64, 128, 4, 4),
 ]
 _LEAD = 2
 """How many items the first pass is ahead, for each multiprocessor: enough that few programs wait, few enough for the L2 cache."""

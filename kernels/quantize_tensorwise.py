@@ -160,9 +160,7 @@ MAX_PARTIALS = 256
 """Programs of the first kernel at most: each program of the second one takes the maximum of all their results."""
 CANDIDATES = [
     TileConfig(64, 128, 4, loads_early=True),
-    TileConfig(64, 128, 4),
     TileConfig(128, 64, 4),
-    TileConfig(64, 64, 4),
     TileConfig(128, 128, 8),
     TileConfig(128, 128, 4),
 ]

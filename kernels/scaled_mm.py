@@ -126,8 +126,9 @@ def _prepare(
     tma_fits = fits_tma(a_q_MK, b_q_NK, out_MN)
     flags = (bias_N is not None, scale_b.numel() > 1, tma_fits)
     key = (bucket(num_rows), num_columns, num_summed, out_dtype, *flags)
-    device = a_q_MK.device
-    return launcher(TUNER.choose(key, lambda: candidates(device, tma_fits), run, device), *operands, out_MN)
+    device, dtype = a_q_MK.device, a_q_MK.dtype
+    config = TUNER.choose(key, lambda: candidates(device, tma_fits, dtype, bucket(num_rows), num_columns), run, device)
+    return launcher(config, *operands, out_MN)
 
 
 PLANS = Plans(_prepare)

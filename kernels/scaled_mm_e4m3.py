@@ -107,7 +107,7 @@ def _prepare(
     # Tokens are what varies from call to call here.
     key = (bucket(num_summed), num_rows, num_columns, out_dtype, tma_fits)
     device = a_q_MK.device
-    config = TUNER.choose(key, lambda: candidates(device, tma_fits, E4M3.dtype), run, device)
+    config = TUNER.choose(key, lambda: candidates(device, tma_fits, E4M3.dtype, num_rows, num_columns), run, device)
     return launcher(config, *operands, None, out_MN)
 
 

@@ -78,13 +78,34 @@ POINTER_CANDIDATES = [
 
 
 @cache
-def candidates(device: torch.device, tma_fits: bool, dtype: torch.dtype = torch.int8) -> list[MatmulConfig]:
-    """What to choose among on a device; `tma_fits` is the answer of `fits_tma` for the operands, of `dtype`."""
+def candidates(
+    device: torch.device, tma_fits: bool, dtype: torch.dtype, num_rows: int, num_columns: int
+) -> list[MatmulConfig]:
+    """What to choose among on a device for a result of this size, or of so many rows at most.
+
+    Small tiles are for small results: where each multiprocessor has several of the large ones, they only cost the time to
+    compile them.
+
+    Args:
+        device: where.
+        tma_fits: the answer of `fits_tma` for the operands.
+        dtype: of the operands.
+        num_rows: M.
+        num_columns: N.
+    """
     if not tma_fits:
-        return POINTER_CANDIDATES
-    if not has_wgmma(device):
-        return TMA_CANDIDATES
-    return HOPPER_CANDIDATES if dtype == torch.int8 else HOPPER_E4M3_CANDIDATES
+        configs = POINTER_CANDIDATES
+    elif not has_wgmma(device):
+        configs = TMA_CANDIDATES
+    else:
+        configs = HOPPER_CANDIDATES if dtype == torch.int8 else HOPPER_E4M3_CANDIDATES
+    many = _MANY_TILES * device_facts(device).num_multiprocessors
+    is_large = triton.cdiv(num_rows, 128) * triton.cdiv(num_columns, 128) >= many
+    return [config for config in configs if config.block_m * config.block_n >= 128 * 128 or not is_large]
+
+
+_MANY_TILES = 4
+"""Of 128 x 128 for a multiprocessor, of which two each are one of the large ones."""
 
 
 def has_wgmma(device: torch.device) -> bool:

@@ -108,17 +108,29 @@ def _symbolic(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
 def _dtypes(gm: fx.GraphModule, devices: Iterable[torch.device], names: Iterable[int]) -> set[torch.dtype]:
     """The dtypes of a Dynamo graph's matmuls, of what it computes from weights (by number of their inputs), and autocast's.
 
-    To measure a device for a dtype takes seconds; norms compute in float32 in models whose matmuls never do.
+    To measure a device for a dtype takes seconds; norms compute in float32 in models whose matmuls never do, and so do
+    matmuls on which no weight has an effect, of rotary embeddings.
     """
     inputs = gm.graph.find_nodes(op="placeholder")
-    nodes = [user for number in names for user in inputs[number].users if _rank(inputs[number]) > 1]
+    weights = [inputs[number] for number in names]
+    nodes = [user for weight in weights for user in weight.users if _rank(weight) > 1]
     for part in gm.modules():
         if isinstance(part, fx.GraphModule):  # the whole, and what is checkpointed
-            nodes += [node for node in part.graph.nodes if any(name in target_name(node.target) for name in _MATMULS)]
+            among = _depending_on(weights, gm.graph) if part is gm else part.graph.nodes
+            nodes += [node for node in among if any(name in target_name(node.target) for name in _MATMULS)]
     values = (node.meta.get("example_value") for node in nodes)
     found = {value.dtype for value in values if isinstance(value, torch.Tensor)}
     kinds = {device.type for device in devices}
     return found | {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
+
+
+def _depending_on(sources: Iterable[fx.Node], graph: fx.Graph) -> list[fx.Node]:
+    """What is computed from any of the nodes, in graph order."""
+    reached = set(sources)
+    for node in graph.nodes:
+        if not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    return [node for node in graph.nodes if node in reached]
 
 
 _MATMULS = ("linear", "matmul", "addmm", "bmm", "mm", "einsum", "attention")

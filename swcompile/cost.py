@@ -28,7 +28,11 @@ from swcompile.kernels.quantize_columnwise import (
     quantize_columnwise_transpose_work,
 )
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE, quantize_rowwise_work
-from swcompile.kernels.quantize_tensorwise import quantize_by_scale_work, quantize_tensorwise_work
+from swcompile.kernels.quantize_tensorwise import (
+    QUANTIZE_TENSORWISE,
+    quantize_by_scale_work,
+    quantize_tensorwise_work,
+)
 from swcompile.kernels.scaled_mm import SCALED_MM, scaled_mm_work
 from swcompile.kernels.scaled_mm_e4m3 import SCALED_MM_E4M3
 from swcompile.kernels.timing import intervals_ms
@@ -47,11 +51,13 @@ class DeviceRates:
     """What one device gives in one dtype, and with one 8-bit format in its place: measured on it."""
 
     matmul: float
-    """Rate of a large matmul in the model's own dtype, FLOP/s."""
+    """Rate at which a large matmul in the model's own dtype sums, FLOP/s."""
+    output: float
+    """Seconds that it spends on each element of its result besides: it stores little of it while it sums."""
     quantized_matmul: float
     """Rate at which a large `scaled_mm`, or its like for the format, sums, OP/s."""
     quantized_output: float
-    """Seconds that it spends on each element of its result besides: it stores little of it while it sums."""
+    """Seconds that it spends on each element of its result besides."""
     quantize: float
     """Rate of a large `quantize_rowwise`, bytes read and written a second."""
     quantize_columns: float
@@ -112,11 +118,13 @@ def predict_speedups(
 
     Args:
         candidates: the matmuls of one graph that may be rewritten.
-        others: the rest of its matmuls, which keep the device busy while the host launches.
+        others: the rest of its matmuls, which keep the device busy while the host launches; of those in other dtypes,
+            for which the device would have to be measured, nothing is counted.
         rates: of the device; measured where not given.
     """
     times = [_times(candidate, rates) for candidate in candidates]
-    rest = [_original(matmul, rates) for matmul in others]
+    dtypes = {candidate.matmul.node.meta["val"].dtype for candidate in candidates}  # the device is measured for these
+    rest = [_original(matmul, rates) for matmul in others if matmul.node.meta["val"].dtype in dtypes]
     device = sum(t.quantized for t in times) + sum(seconds for seconds, _ in rest)
     host = sum(t.quantized_host for t in times) + sum(seconds for _, seconds in rest)
     if host <= device or inductor_config.triton.cudagraphs:
@@ -125,14 +133,13 @@ def predict_speedups(
 
 
 def _original(matmul: Matmul, rates: DeviceRates | None) -> tuple[float, float]:
-    """Seconds that the device and the host spend on a matmul as it is; nothing for a dtype that was not measured."""
+    """Seconds that the device and the host spend on a matmul as it is."""
     value = matmul.node.meta["val"]
-    if value.dtype not in _DTYPES:
-        return 0.0, 0.0
     rates = rates or device_rates(value.device, value.dtype)
     m, n, k = _shape(matmul)
     work = Work(flops=2 * m * n * k, bytes=value.dtype.itemsize * (m * k + n * k + m * n))
-    return max(work.flops / rates.matmul, work.bytes / rates.quantize) + rates.kernel, rates.matmul_call
+    seconds = max(work.flops / rates.matmul + m * n * rates.output, work.bytes / rates.quantize)
+    return seconds + rates.kernel, rates.matmul_call
 
 
 def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
@@ -291,29 +298,32 @@ def _measure_current(device: torch.device, dtype: torch.dtype, number_format: Nu
     with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng([device] if on_gpu else []), autocast:
         x = torch.randn(rows, size, device=device, dtype=dtype)
         weight = torch.randn(size, size, device=device, dtype=dtype)
+        quantize_columns = QUANTIZE_COLUMNWISE_TRANSPOSE if number_format == INT8 else QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3
         if number_format == INT8:
-            quantize_columns: Callable[..., Any] = QUANTIZE_COLUMNWISE_TRANSPOSE
-            (q, scale), (weight_q, weight_scale) = QUANTIZE_ROWWISE(x), QUANTIZE_ROWWISE(weight)
+            (q, scale), (weight_q, weight_scale) = QUANTIZE_ROWWISE(x), QUANTIZE_TENSORWISE(weight)
             quantized_matmul: Callable[..., Any] = partial(SCALED_MM, bias=None, out_dtype=dtype)
         else:  # sums over the rows, as a weight's gradient does; as many operations
-            quantize_columns = QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3
             (q, scale) = (weight_q, weight_scale) = quantize_columns(x)
             quantized_matmul = partial(SCALED_MM_E4M3, out_dtype=dtype)
         small, small_weight = x[:16, :16].contiguous(), weight[:16, :16].contiguous()
-        flops, num_outputs = 2 * rows * size * size, len(q) * len(weight_q)
-
-        halves = [operand[:, : operand.shape[1] // 2].contiguous() for operand in (q, weight_q)]
+        flops = 2 * rows * size * size
         kernel = seconds(lambda: QUANTIZE_ROWWISE(small))
-        times = [
-            [seconds(partial(quantized_matmul, *operands, scale, weight_scale)) for operands in ((q, weight_q), halves)]
-            for _ in range(3)
-        ]
-        whole, half = (statistics.median(column) - kernel for column in zip(*times, strict=True))
-        summing, other = _split(whole, half)
+
+        def rates_of(matmul: Callable[..., Any], *operands: torch.Tensor) -> tuple[float, float]:
+            """Operations a second, and seconds an element of the result, of operands that are summed along their rows."""
+            halves = [operand[:, : operand.shape[1] // 2].contiguous() for operand in operands]
+            times = [[seconds(partial(matmul, *pair)) for pair in (operands, halves)] for _ in range(3)]
+            whole, half = (statistics.median(column) - kernel for column in zip(*times, strict=True))
+            summing, rest = _split(whole, half)
+            return flops / summing, rest / (len(operands[0]) * len(operands[1]))
+
+        matmul, output = rates_of(lambda a, b: a @ b.t(), x, weight)
+        quantized, quantized_output = rates_of(lambda a, b: quantized_matmul(a, b, scale, weight_scale), q, weight_q)
         return DeviceRates(
-            matmul=flops / seconds(lambda: x @ weight),
-            quantized_matmul=flops / summing,
-            quantized_output=other / num_outputs,
+            matmul=matmul,
+            output=output,
+            quantized_matmul=quantized,
+            quantized_output=quantized_output,
             quantize=quantize_rowwise_work(rows, size, dtype.itemsize).bytes / seconds(lambda: QUANTIZE_ROWWISE(x)),
             quantize_columns=quantize_columnwise_transpose_work(rows, size, dtype.itemsize).bytes
             / seconds(lambda: quantize_columns(x)),

@@ -25,7 +25,7 @@ from swcompile.kernels.formats import E4M3, INT8, NumberFormat
 
 CPU = torch.device("cpu")
 RATES = DeviceRates(
-    matmul=1e12, quantized_matmul=2e12, quantized_output=0.0, quantize=1e12, quantize_columns=5e11, kernel=1e-6,
+    matmul=1e12, output=0.0, quantized_matmul=2e12, quantized_output=0.0, quantize=1e12, quantize_columns=5e11, kernel=1e-6,
     matmul_call=1e-6, quantize_call=2e-6,
 )  # fmt: skip
 
@@ -95,16 +95,20 @@ class Cast(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how, self.norm, self.weight = how, nn.LayerNorm(8), nn.Parameter(torch.randn(8, 8))
+        self.register_buffer("frequencies", torch.randn(8, 8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm(x.float()).bfloat16()
+        x = self.norm(x.float()).bfloat16() if self.how != "rotary" else x
+        if self.how == "rotary":
+            angles = self.frequencies @ torch.arange(8.0)[:, None]
+            return nn.functional.linear(x, self.weight.bfloat16()) * angles[:, 0].cos().bfloat16()
         if self.how == "checkpoint":
             return checkpoint(lambda y: y @ self.weight.bfloat16(), x, use_reentrant=False)
         weight = {"scaled": self.weight * 2, "turned": self.weight.t()}.get(self.how, self.weight)
         return nn.functional.linear(x, weight.bfloat16())
 
 
-@pytest.mark.parametrize("how", ["cast", "scaled", "turned", "checkpoint", "bfloat16"])
+@pytest.mark.parametrize("how", ["cast", "scaled", "turned", "checkpoint", "bfloat16", "rotary"])
 def test_rates_are_for_the_dtypes_of_matmuls(how: str) -> None:
     found = []
 
@@ -116,6 +120,7 @@ def test_rates_are_for_the_dtypes_of_matmuls(how: str) -> None:
     torch.compile(model, backend=backend, fullgraph=True)(torch.randn(4, 8, dtype=torch.bfloat16))
     assert torch.bfloat16 in found[0]
     assert how != "bfloat16" or found[0] == {torch.bfloat16}
+    assert how != "rotary" or model.frequencies.dtype not in found[0]
     assert _dtypes(torch.fx.symbolic_trace(model), [CPU], []) == set(), "a graph that Dynamo has not made"
 
 
@@ -219,17 +224,29 @@ def test_a_scale_that_is_not_shared_is_found_by_each(monkeypatch: pytest.MonkeyP
         assert of_both - of_both_passes == pytest.approx(rounding / 2, rel=1e-3)
 
 
-def test_short_sums_wait_for_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = dataclasses.replace(RATES, quantized_output=1e-11)
+def test_a_matmul_in_a_dtype_of_its_own_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(cost, "device_rates", lambda device, dtype, *of: asked.append(dtype) or RATES)
+    model = Cast("rotary")
+    swcompile.explain(model, torch.randn(4, 8, dtype=torch.bfloat16), include="*")
+    assert set(asked) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("field", ["output", "quantized_output"])
+def test_short_sums_wait_for_their_results(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = dataclasses.replace(RATES, **{field: 1e-11})
     shapes, times = [(1024, 512, 256), (1024, 256, 512)], {}
     for known in (RATES, rates):
         monkeypatch.setattr(cost, "device_rates", lambda *of, known=known: known)
         report = swcompile.explain(nn.Linear(256, 512), torch.randn(1024, 256, requires_grad=True), include="*")
         for decision, (m, n, k) in zip([d for d in report.decisions if d.speedup], shapes, strict=True):
             assert decision.shape == (m, n, k) and decision.speedup is not None
-            times.setdefault(decision.shape, []).append((2 * m * n * k / rates.matmul + rates.kernel) / decision.speedup)
-    for (m, n, _), (without, with_results) in times.items():
-        assert with_results - without == pytest.approx(m * n * 1e-11, rel=1e-4)
+            original = 2 * m * n * k / rates.matmul + rates.kernel
+            times.setdefault(decision.shape, []).append((original, decision.speedup))
+    for (m, n, _), ((original, without), (_, speedup)) in times.items():
+        results = m * n * 1e-11
+        changed = (original + results) / (original / without) if field == "output" else original / (original / without + results)
+        assert speedup == pytest.approx(changed, rel=1e-4)
 
 
 @pytest.mark.parametrize(

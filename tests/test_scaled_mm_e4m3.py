@@ -181,8 +181,8 @@ def test_float32_results(config):
 def test_kernels_for_e4m3_are_chosen_for_it():
     device = torch.device(DEVICE)
     assert 0 < len(HOPPER_E4M3_CANDIDATES) <= 8
-    assert candidates(device, True, torch.float8_e4m3fn)[0].block_n == (192 if has_wgmma(device) else 256)
-    assert candidates(device, False, torch.float8_e4m3fn) == POINTER_CANDIDATES
+    assert candidates(device, True, torch.float8_e4m3fn, 64, 64)[0].block_n == (192 if has_wgmma(device) else 256)
+    assert candidates(device, False, torch.float8_e4m3fn, 64, 64) == POINTER_CANDIDATES
 
 
 def test_user_errors():

@@ -23,8 +23,13 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 
 def test_candidates():
     assert all(0 < len(configs) <= 8 for configs in (HOPPER_CANDIDATES, TMA_CANDIDATES, POINTER_CANDIDATES))
-    assert {config.kernel for config in candidates(DEVICE, tma_fits=False)} == {"pointers"}
-    assert ("wgmma" in {config.kernel for config in candidates(DEVICE, tma_fits=True)}) == has_wgmma(DEVICE)
+    small, large = ((torch.int8, 64, 64), (torch.int8, 65536, 4096))
+    assert candidates(DEVICE, False, *small) == POINTER_CANDIDATES
+    assert candidates(DEVICE, True, *small) == (HOPPER_CANDIDATES if has_wgmma(DEVICE) else TMA_CANDIDATES)
+    for tma_fits in (False, True):
+        kept = candidates(DEVICE, tma_fits, *large)
+        assert 0 < len(kept) < len(candidates(DEVICE, tma_fits, *small))
+        assert kept == [c for c in candidates(DEVICE, tma_fits, *small) if min(c.block_m, c.block_n) >= 128]
 
 
 def test_tma_wants_multiples_of_16_bytes():
