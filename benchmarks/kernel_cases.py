@@ -132,6 +132,8 @@ def quantizer_cases(only: str) -> Iterable[Case]:
             tuned = {"tuner": tensor.TUNER, "candidates": tensor.CANDIDATES, "launch": run}
             work = tensor.quantize_tensorwise_work(*shape, 2, num_outputs=1 + (suffix == "_both"))
             yield from case("quantize_tensorwise" + suffix, shape, work, partial(normal, *shape), **tuned)
+        work = tensor.quantize_by_scale_work(*shape, 2)
+        yield from case("quantize_by_scale", shape, work, partial(_with_scale, *shape), tuner=tensor.TUNER)
     for shape in [*WEIGHTS, (TOKENS, 1280), (TOKENS, 5120)]:
         tuned = {"tuner": column.TUNER, "candidates": column.CANDIDATES, "launch": _launch_columnwise}
         work = column.quantize_columnwise_transpose_work(*shape, 2)
@@ -140,6 +142,12 @@ def quantizer_cases(only: str) -> Iterable[Case]:
         work = dequantize.dequantize_work(TOKENS, width, 2, num_scales=TOKENS)
         operands = partial(lambda width: (*quantized(TOKENS, width), torch.bfloat16), width)
         yield from case("dequantize", (TOKENS, width), work, operands)
+
+
+def _with_scale(*shape: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """A weight, its scale, and that it is to be transposed."""
+    (x,) = normal(*shape)
+    return x, quantize_tensorwise.quantize_tensorwise(x)[1], True
 
 
 def row_program_cases(only: str) -> Iterable[Case]:

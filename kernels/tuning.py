@@ -6,7 +6,8 @@ Sums of e4m3 differ in their last bits.
 
 import contextlib
 import statistics
-from collections.abc import Callable, Hashable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
@@ -76,6 +77,36 @@ def run_together(runs: Sequence[Callable[[], object]], device: torch.device) -> 
         list(pool.map(attempt, runs))
 
 
+class _Turns:
+    """Kernels of several ops may be compiled (and tried) at once; nothing else runs while one is timed."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._num_compiling = 0
+
+    @contextlib.contextmanager
+    def to_compile(self) -> Iterator[None]:
+        """Waits for who times."""
+        with self._condition:
+            self._num_compiling += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._num_compiling -= 1
+                self._condition.notify_all()
+
+    @contextlib.contextmanager
+    def to_time(self) -> Iterator[None]:
+        """Waits until nobody compiles, nor times."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._num_compiling == 0)
+            yield
+
+
+_turns = _Turns()
+
+
 class Tuner(Generic[Config]):
     """Remembers the fastest configuration of one kernel for each key.
 
@@ -142,18 +173,20 @@ class Tuner(Generic[Config]):
     ) -> Config:
         global _num_tunings
         _num_tunings += 1
-        self._compile_all([partial(run, config) for config in candidates], device)
-        times: dict[Config, float] = {}
-        unfit: Exception | None = None
-        for config in candidates:
-            try:
-                times[config] = self._measure(partial(run, config))
-            except _resource_errors() as error:  # needs more shared memory or registers than this GPU has
-                unfit = error
-        if not times:
-            raise RuntimeError(f"no configuration of {self._name} fits this GPU") from unfit
-        finalists = sorted(times, key=times.__getitem__)[:NUM_FINALISTS]
-        return min(finalists, key=lambda config: self._measure(partial(run, config)))
+        with _turns.to_compile():
+            self._compile_all([partial(run, config) for config in candidates], device)
+        with _turns.to_time():
+            times: dict[Config, float] = {}
+            unfit: Exception | None = None
+            for config in candidates:
+                try:
+                    times[config] = self._measure(partial(run, config))
+                except _resource_errors() as error:  # needs more shared memory or registers than this GPU has
+                    unfit = error
+            if not times:
+                raise RuntimeError(f"no configuration of {self._name} fits this GPU") from unfit
+            finalists = sorted(times, key=times.__getitem__)[:NUM_FINALISTS]
+            return min(finalists, key=lambda config: self._measure(partial(run, config)))
 
     def _nearest(self, key: Key, device: torch.device) -> Config | None:
         """What is remembered for the nearest first element of `key`, all else being equal."""

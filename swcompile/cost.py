@@ -29,6 +29,7 @@ from swcompile.kernels.quantize_columnwise import (
 )
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE, quantize_rowwise_work
 from swcompile.kernels.quantize_tensorwise import (
+    QUANTIZE_BY_SCALE,
     QUANTIZE_TENSORWISE,
     quantize_by_scale_work,
     quantize_tensorwise_work,
@@ -36,7 +37,7 @@ from swcompile.kernels.quantize_tensorwise import (
 from swcompile.kernels.scaled_mm import SCALED_MM, scaled_mm_work
 from swcompile.kernels.scaled_mm_e4m3 import SCALED_MM_E4M3
 from swcompile.kernels.timing import intervals_ms
-from swcompile.kernels.tuning import bucket
+from swcompile.kernels.tuning import bucket, run_together
 from swcompile.pipeline import source_fingerprint
 from swcompile.recipe import GemmFormat, Role, Scaling
 from swcompile.values import unrounded
@@ -298,13 +299,20 @@ def _measure_current(device: torch.device, dtype: torch.dtype, number_format: Nu
     with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng([device] if on_gpu else []), autocast:
         x = torch.randn(rows, size, device=device, dtype=dtype)
         weight = torch.randn(size, size, device=device, dtype=dtype)
-        quantize_columns = QUANTIZE_COLUMNWISE_TRANSPOSE if number_format == INT8 else QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3
+        operands, ones = [_rounded(x, number_format), _rounded(weight, number_format)], torch.ones(rows, 1, device=device)
         if number_format == INT8:
-            (q, scale), (weight_q, weight_scale) = QUANTIZE_ROWWISE(x), QUANTIZE_TENSORWISE(weight)
+            quantize_columns = QUANTIZE_COLUMNWISE_TRANSPOSE
+            scales = ones, ones[:1]
             quantized_matmul: Callable[..., Any] = partial(SCALED_MM, bias=None, out_dtype=dtype)
+            others: list[Callable[[], Any]] = [lambda: QUANTIZE_TENSORWISE(weight), lambda: QUANTIZE_BY_SCALE(weight, ones[:1], True)]
         else:  # sums over the rows, as a weight's gradient does; as many operations
-            (q, scale) = (weight_q, weight_scale) = quantize_columns(x)
+            quantize_columns = QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3
+            operands, scales = [operands[0].t().contiguous()] * 2, (ones[:size], ones[:size])
             quantized_matmul = partial(SCALED_MM_E4M3, out_dtype=dtype)
+            others = []
+        if on_gpu:  # all of them are compiled at once, those that a model will need next, too
+            ours = [lambda: QUANTIZE_ROWWISE(x), lambda: quantize_columns(x), lambda: quantized_matmul(*operands, *scales)]
+            run_together(ours + others, device)
         small, small_weight = x[:16, :16].contiguous(), weight[:16, :16].contiguous()
         flops = 2 * rows * size * size
         kernel = seconds(lambda: QUANTIZE_ROWWISE(small))
@@ -318,7 +326,7 @@ def _measure_current(device: torch.device, dtype: torch.dtype, number_format: Nu
             return flops / summing, rest / (len(operands[0]) * len(operands[1]))
 
         matmul, output = rates_of(lambda a, b: a @ b.t(), x, weight)
-        quantized, quantized_output = rates_of(lambda a, b: quantized_matmul(a, b, scale, weight_scale), q, weight_q)
+        quantized, quantized_output = rates_of(lambda a, b: quantized_matmul(a, b, *scales), *operands)
         return DeviceRates(
             matmul=matmul,
             output=output,
@@ -331,6 +339,11 @@ def _measure_current(device: torch.device, dtype: torch.dtype, number_format: Nu
             matmul_call=_host_seconds(lambda: small @ small_weight) if on_gpu else 0.0,
             quantize_call=_host_seconds(lambda: QUANTIZE_ROWWISE(small)) if on_gpu else 0.0,
         )
+
+
+def _rounded(x: torch.Tensor, number_format: NumberFormat) -> torch.Tensor:
+    """Normal data in an 8-bit format, as a quantiser leaves it: what is multiplied decides on a GPU's clock."""
+    return (x * 31.0).clamp(-127, 127).round().to(number_format.dtype)
 
 
 def _split(whole: float, half: float) -> tuple[float, float]:

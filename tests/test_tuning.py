@@ -2,7 +2,9 @@
 
 import contextlib
 import threading
+import time
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -36,10 +38,10 @@ class Clock:
 
     def run(self, config: Config) -> float:
         self.num_runs += 1
-        time = self.times[config]
-        if isinstance(time, Exception):
-            raise time
-        return time
+        milliseconds = self.times[config]
+        if isinstance(milliseconds, Exception):
+            raise milliseconds
+        return milliseconds
 
     @staticmethod
     def measure(run: partial[float]) -> float:
@@ -242,6 +244,33 @@ def test_calls_run_in_threads_and_errors_are_left_to_others(monkeypatch):
 
     tuning.run_together([partial(call, 1), partial(call, 2)], GPU)
     assert sorted(done) == [1, 2] and seen == [f"the stream of {GPU}"] * 2
+
+
+def test_kernels_are_compiled_at_once_and_timed_one_by_one():
+    all_compile, now, seen = threading.Barrier(3, timeout=30), Counter(), []
+
+    def during(what: str, seconds: float) -> None:
+        now[what] += 1
+        time.sleep(seconds)
+        seen.append((what, dict(now)))
+        now[what] -= 1
+
+    def compile_all(runs: object, device: torch.device) -> None:
+        all_compile.wait()  # breaks unless all three do
+        during("compile", 0.02)
+
+    def measure(run: partial[float]) -> float:
+        during("time", 0.002)
+        return run()
+
+    def work(number: int) -> None:
+        tuner: Tuner[Config] = Tuner(f"test-{number}", [__file__], measure=measure, compile_all=compile_all)
+        assert choose(tuner, Clock(TIMES), key=(number,)) == Config(128)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3)))
+    timed = [others for what, others in seen if what == "time"]
+    assert len(timed) == 3 * 6 and all(others["time"] == 1 and not others["compile"] for others in timed)
 
 
 def test_interpreter_takes_the_first():
