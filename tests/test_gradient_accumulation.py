@@ -30,7 +30,8 @@ from swcompile.kernels import held_weights
 from swcompile.kernels.quantize_tensorwise import quantize_tensorwise
 from swcompile.kernels.scaled_mm_held import WEIGHT_QUANTIZERS, scaled_mm_held
 
-OPTIONS: dict[str, Any] = {**EVERY, "micro_batches": 3}
+OPTIONS: dict[str, Any] = {**EVERY, "micro_batches": 3, "inductor": {"deterministic": True}}
+"""Inductor else times several ways to sum on a GPU, and takes one or the other in two compilations."""
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NUM_LAYERS = 4  # of `Model`, each with an output and a grad_input
 
@@ -74,7 +75,7 @@ def test_the_same_bits_from_weights_that_are_quantised_once(recipe: str, device:
         gradients(model, compiled, batches[:1])
     assert counts.quantized == num_matmuls, "nothing is kept from one block to the next"
     torch._dynamo.reset()
-    one = torch.compile(model, backend="switchback", options=EVERY | {"recipe": recipe})
+    one = torch.compile(model, backend="switchback", options=OPTIONS | {"micro_batches": 1, "recipe": recipe})
     assert_same(gradients(model, one, batches), expected)
 
 
@@ -259,7 +260,7 @@ def test_other_weights_are_quantised_in_every_pass(kind: type[nn.Module], recipe
     monkeypatch.setattr(cost, "device_rates", lambda *of: RATES)
     speedups = [
         [d.speedup for d in swcompile.explain(model, x, **options, micro_batches=number).decisions if d.role is Role.OUTPUT]
-        for number in (1, 100)
+        for number in (2, 100)
     ]
     assert speedups[0] == speedups[1] and None not in speedups[0]
 
