@@ -54,17 +54,17 @@ class DeviceRates:
     matmul: float
     """Rate at which a large matmul in the model's own dtype sums, FLOP/s."""
     output: float
-    """Seconds that it spends on each element of its result besides: it stores little of it while it sums."""
+    """Seconds that it spends on each element of its result besides, at least: it stores little of it while it sums."""
     quantized_matmul: float
     """Rate at which a large `scaled_mm`, or its like for the format, sums, OP/s."""
     quantized_output: float
-    """Seconds that it spends on each element of its result besides."""
+    """Seconds that it spends on each element of its result besides, at most."""
     quantize: float
     """Rate of a large `quantize_rowwise`, bytes read and written a second."""
     quantize_columns: float
     """Rate of a large `quantize_columnwise_transpose` to the format, bytes a second, as its work counts them."""
     kernel: float
-    """Seconds that the smallest kernel takes on the device."""
+    """Seconds that a small kernel takes on the device, besides what it reads and writes."""
     matmul_call: float
     """Seconds that the host spends on launching a matmul; 0 on a CPU, where it is part of `kernel`."""
     quantize_call: float
@@ -314,25 +314,20 @@ def _measure_current(device: torch.device, dtype: torch.dtype, number_format: Nu
             ours = [lambda: QUANTIZE_ROWWISE(x), lambda: quantize_columns(x), lambda: quantized_matmul(*operands, *scales)]
             run_together(ours + others, device)
         small, small_weight = x[:16, :16].contiguous(), weight[:16, :16].contiguous()
-        flops = 2 * rows * size * size
-        kernel = seconds(lambda: QUANTIZE_ROWWISE(small))
+        quantize = quantize_rowwise_work(rows, size, dtype.itemsize).bytes / seconds(lambda: QUANTIZE_ROWWISE(x))
+        few = x[: rows // 32, : size // 8].contiguous()  # keeps every multiprocessor busy, if not for long
+        whole = seconds(lambda: QUANTIZE_ROWWISE(few))
+        kernel = max(whole - quantize_rowwise_work(*few.shape, dtype.itemsize).bytes / quantize, whole / 4)
 
-        def rates_of(matmul: Callable[..., Any], *operands: torch.Tensor) -> tuple[float, float]:
-            """Operations a second, and seconds an element of the result, of operands that are summed along their rows."""
-            halves = [operand[:, : operand.shape[1] // 2].contiguous() for operand in operands]
-            times = [[seconds(partial(matmul, *pair)) for pair in (operands, halves)] for _ in range(3)]
-            whole, half = (statistics.median(column) - kernel for column in zip(*times, strict=True))
-            summing, rest = _split(whole, half)
-            return flops / summing, rest / (len(operands[0]) * len(operands[1]))
-
-        matmul, output = rates_of(lambda a, b: a @ b.t(), x, weight)
-        quantized, quantized_output = rates_of(lambda a, b: quantized_matmul(a, b, *scales), *operands)
+        # What speaks against 8 bit counts.
+        matmul, output = _matmul_rates(lambda a, b: a @ b.t(), (x, weight), seconds, kernel, min)
+        quantized, quantized_output = _matmul_rates(lambda a, b: quantized_matmul(a, b, *scales), operands, seconds, kernel, max)
         return DeviceRates(
             matmul=matmul,
             output=output,
             quantized_matmul=quantized,
             quantized_output=quantized_output,
-            quantize=quantize_rowwise_work(rows, size, dtype.itemsize).bytes / seconds(lambda: QUANTIZE_ROWWISE(x)),
+            quantize=quantize,
             quantize_columns=quantize_columnwise_transpose_work(rows, size, dtype.itemsize).bytes
             / seconds(lambda: quantize_columns(x)),
             kernel=kernel,
@@ -346,10 +341,34 @@ def _rounded(x: torch.Tensor, number_format: NumberFormat) -> torch.Tensor:
     return (x * 31.0).clamp(-127, 127).round().to(number_format.dtype)
 
 
-def _split(whole: float, half: float) -> tuple[float, float]:
-    """(seconds that grow with the length of the sums, the rest) of a matmul, by its time and that with half of the sums."""
-    rest = max(min(2 * half - whole, half / 2), 0.0)  # noise, and clocks that are higher in the shorter one
-    return whole - rest, rest
+def _matmul_rates(
+    matmul: Callable[..., Any],
+    operands: Sequence[torch.Tensor],
+    seconds: Callable[[Callable[[], object]], float],
+    kernel: float,
+    pick: Callable[[Iterable[float]], float],
+) -> tuple[float, float]:
+    """Operations a second at which a matmul sums, and seconds that it spends on an element of its result besides.
+
+    Args:
+        matmul: of two operands that are summed along their rows.
+        operands: large ones.
+        seconds: times a call.
+        kernel: seconds that any kernel takes.
+        pick: of what is found by sums an eighth as long and by sums a sixteenth as long, as kernels are chosen by length.
+    """
+    (num_rows, length), num_columns = operands[0].shape, operands[1].shape[0]
+    shares = (1, 8, 16)
+    cut = [[operand[:, : length // share].contiguous() for operand in operands] for share in shares]
+    times = [[seconds(partial(matmul, *pair)) for pair in cut] for _ in range(3)]
+    whole, *parts = (statistics.median(column) - kernel for column in zip(*times, strict=True))
+    rest = pick([_rest(whole, part, share) for part, share in zip(parts, shares[1:], strict=True)])
+    return 2 * num_rows * num_columns * length / (whole - rest), rest / (num_rows * num_columns)
+
+
+def _rest(whole: float, part: float, share: int) -> float:
+    """What does not grow with the length of the sums, of a matmul's time and that with sums so many times shorter."""
+    return max(min((share * part - whole) / (share - 1), part, whole / 2), 0.0)  # clocks are higher in the shorter one
 
 
 def _cpu_seconds(run: Callable[[], object]) -> float:

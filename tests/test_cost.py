@@ -6,7 +6,7 @@ import itertools
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -250,12 +250,25 @@ def test_short_sums_wait_for_their_results(field: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("whole", "half", "expected"),
-    [(1.0, 0.5, (1.0, 0.0)), (1.0, 0.6, (0.8, 0.2)), (1.0, 0.4, (1.0, 0.0)), (1.0, 0.9, (0.55, 0.45)), (1.0, -0.1, (1.0, 0.0))],
-    ids=["all of it sums", "a part", "less than nothing", "at most half of the short one", "noise"],
+    ("whole", "part", "share", "expected"),
+    [(1.0, 0.5, 2, 0.0), (1.0, 0.6, 2, 0.2), (8.7, 1.7, 8, 0.7), (1.0, 0.1, 8, 0.0), (1.0, 1.5, 8, 0.5), (1.0, -0.1, 8, 0.0)],
+    ids=["all of it sums", "a part", "a part of an eighth", "less than nothing", "half of it at most", "noise"],
 )
-def test_what_of_a_matmul_grows_with_its_sums(whole: float, half: float, expected: tuple[float, float]) -> None:
-    assert cost._split(whole, half) == pytest.approx(expected)
+def test_what_of_a_matmul_does_not_grow_with_its_sums(whole: float, part: float, share: int, expected: float) -> None:
+    assert cost._rest(whole, part, share) == pytest.approx(expected)
+
+
+def test_the_rates_of_a_matmul_are_found_by_sums_of_several_lengths() -> None:
+    a, b = torch.zeros(64, 512), torch.zeros(32, 512)
+    for pick, slow in ((min, 1e-9), (max, 3e-9)):  # kernels for sums of 64 and 32: one takes longer for its results
+        results = {512: 1e-9, 64: 1e-9, 32: 3e-9}
+
+        def seconds(run: Callable[[], object], results: dict[int, float] = results) -> float:
+            length = run.args[0].shape[1]
+            return 2 * 64 * 32 * length / 1e9 + 64 * 32 * results[length] + 1e-6
+
+        rate, output = cost._matmul_rates(torch.mm, (a, b), seconds, 1e-6, pick)
+        assert output == pytest.approx(slow, rel=0.1) and rate == pytest.approx(1e9, rel=0.01)
 
 
 def test_a_sum_over_tokens_has_its_own_rates(monkeypatch: pytest.MonkeyPatch) -> None:

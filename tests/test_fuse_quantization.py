@@ -129,7 +129,7 @@ FORWARD = """\
 %18: f32[1, 1] = getitem(%16, 1)
 %19: bf16[8, 32] = swcompile.scaled_mm(%14, %17, %15, %18, None, bf16)
 %20: bf16[2, 4, 32] = aten.view(%19, [2, 4, 32])
-return %20, %3, %4, %11, %13"""
+return %20, %3, %4, %11, %13, %18"""
 
 
 def test_forward_graph() -> None:

@@ -142,6 +142,7 @@ def num_bytes(tensors: Sequence[torch.Tensor]) -> int:
 
 
 WIDTH, NUM_TOKENS = 64, 40
+WEIGHT_SCALE = "torch.float32", (1, 1)
 
 
 @pytest.mark.parametrize("recipe", swcompile.RECIPES)
@@ -149,12 +150,14 @@ def test_the_forward_keeps_activations_in_int8_and_weights_never(recipe: str) ->
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))).bfloat16()
     kept = saved(model, torch.randn(NUM_TOKENS, WIDTH, dtype=torch.bfloat16), recipe)
     kinds = sorted((str(t.dtype), tuple(t.shape)) for t in kept)
+    num_scales = 0 if recipe in ("switchback_q", "llm_int8") else 2  # of weights with one scale that the backward reads
     if recipe == "switchback_m":
-        assert kinds == [("torch.float32", (NUM_TOKENS, 1))] * 3 + [("torch.int8", (NUM_TOKENS, WIDTH))] * 3
-        assert num_bytes(kept) == 3 * NUM_TOKENS * (WIDTH + 4)
+        scales = [WEIGHT_SCALE] * num_scales + [("torch.float32", (NUM_TOKENS, 1))] * 3
+        assert kinds == scales + [("torch.int8", (NUM_TOKENS, WIDTH))] * 3
+        assert num_bytes(kept) == 3 * NUM_TOKENS * (WIDTH + 4) + 4 * num_scales
     else:
-        assert kinds == [("torch.bfloat16", (NUM_TOKENS, WIDTH))] * 3
-        assert num_bytes(kept) == 3 * NUM_TOKENS * WIDTH * 2
+        assert kinds == [("torch.bfloat16", (NUM_TOKENS, WIDTH))] * 3 + [WEIGHT_SCALE] * num_scales
+        assert num_bytes(kept) == 3 * NUM_TOKENS * WIDTH * 2 + 4 * num_scales
 
 
 class Projections(nn.Module):
@@ -176,7 +179,8 @@ def test_an_activation_of_several_layers_is_kept_once_in_int8(autocast: bool) ->
     with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
         kept = saved(model, x, "switchback_m")
     kinds = sorted((str(t.dtype), tuple(t.shape)) for t in kept)
-    assert kinds == [("torch.float32", (NUM_TOKENS, 1))] * 2 + [("torch.int8", (NUM_TOKENS, WIDTH))] * 2
+    scales = [WEIGHT_SCALE] * 3 + [("torch.float32", (NUM_TOKENS, 1))] * 2
+    assert kinds == scales + [("torch.int8", (NUM_TOKENS, WIDTH))] * 2
 
 
 def test_a_column_major_activation_is_kept_in_int8() -> None:
