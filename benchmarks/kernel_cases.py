@@ -23,6 +23,7 @@ from swcompile.kernels.quantize_rowwise import RowwiseConfig
 from swcompile.kernels.quantize_tensorwise import TileConfig
 from swcompile.kernels.row_program import parse
 from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_tma, launcher
+from swcompile.kernels.tuning import bucket
 
 TOKENS = 32768
 WEIGHTS = [(1280, 5120), (5120, 1280), (4096, 4096), (4096, 16384)]
@@ -236,6 +237,7 @@ def _matmul_case(module: Any, op: str, shape: str, operands: Callable[[], tuple[
     sets = rotated(operands)
     (num_rows, num_summed), num_columns, dtype = sets[0][0].shape, sets[0][1].shape[0], sets[0][0].dtype
     out = torch.empty((num_rows, num_columns), dtype=torch.bfloat16, device="cuda")
+    at_least = bucket(num_rows) // 2 if dtype == torch.int8 else num_rows  # as the ops have it
     return Case(
         op=op,
         shape=shape,
@@ -244,6 +246,6 @@ def _matmul_case(module: Any, op: str, shape: str, operands: Callable[[], tuple[
         operands=sets,
         run=getattr(torch.ops.swcompile, op).default,
         tuner=module.TUNER,
-        candidates=candidates(out.device, fits_tma(sets[0][0], sets[0][1], out), dtype, num_rows, num_columns),
+        candidates=candidates(out.device, fits_tma(sets[0][0], sets[0][1], out), dtype, at_least, num_columns),
         launch=partial(_launch_matmul, out=out),
     )

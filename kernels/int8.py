@@ -8,10 +8,10 @@
 
 It is rint(127 * x / absmax) of arXiv 2304.13013, section 2.2, with the reciprocal taken once a row. Three roundings err by
 half an ulp each, so |x * inverse| < 127.5 and -128 never occurs. x_q depends on x and the scale alone: who has the scale
-needs no absmax.
+needs no absmax. Where x may have changed since its scale was found, x * inverse is limited to [-127, 127].
 
 The floor 2^-100 replaces a case for zero: an all-zero row has a tiny, finite, normal scale. Below the floor nothing
-depends on subnormals, which some devices flush: an x below 2^-107 gives 0 either way.
+depends on subnormals, which some devices flush: an x below 2^-108 gives 0 either way.
 """
 
 import torch
@@ -65,13 +65,23 @@ def scale_and_inverse_reference(
 
 
 def inverse_reference(scale: torch.Tensor) -> torch.Tensor:
-    """What `round_reference` multiplies with, of a scale that `scale_and_inverse_reference` gave."""
-    return torch.where(scale.isfinite(), torch.ones_like(scale) / scale, 0.0)
+    """What `round_reference` multiplies with; 0 for a scale that is not above 0, or NaN."""
+    return torch.where(scale > 0, torch.ones_like(scale) / scale, 0.0)
 
 
-def round_reference(x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """int8 of `x` by an `inverse` that broadcasts against it; where `inverse` is 0, NaN and Inf give 0."""
-    return (x.float() * inverse).round_().nan_to_num_(nan=0.0).to(torch.int8)
+def round_reference(x: torch.Tensor, inverse: torch.Tensor, *, limited: bool = False) -> torch.Tensor:
+    """int8 of `x` by an `inverse` that broadcasts against it; where `inverse` is 0, NaN and Inf give 0.
+
+    Args:
+        x: any shape and floating dtype.
+        inverse: float32.
+        limited: x may have grown since its scale was found.
+    """
+    scaled = x.float() * inverse
+    if limited:  # as the instructions for it do: NaN becomes the lower limit
+        largest = torch.full_like(scaled, INT8.max_value)
+        scaled = scaled.fmax(-largest).fmin(largest).mul_(inverse != 0)
+    return scaled.round_().nan_to_num_(nan=0.0).to(torch.int8)
 
 
 # 1.5 * 2^23: adding it to a float32 of magnitude below 2^22 rounds that half to even into the low mantissa bits.
@@ -107,18 +117,23 @@ def scale_and_inverse(absmax_bits, MAX_VALUE: tl.constexpr = _MAX_VALUE):
 
 @triton.jit
 def inverse_of(scale):
-    """What `round_to_int8` multiplies with, of a scale that `scale_and_inverse` gave; 0 for NaN."""
+    """What `round_to_int8` multiplies with; 0 for a scale that is not above 0, or NaN."""
     return tl.where(scale > 0.0, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), 0.0)
 
 
 @triton.jit
-def round_to_int8(x, inverse):
+def round_to_int8(x, inverse, LIMITED: tl.constexpr = False):
     """int8 of `x`, with `inverse` broadcast against it by the caller. Launch with `enable_fp_fusion=False`.
+
+    `LIMITED`: x may have grown since its scale was found.
 
     With the rounder added the integer is the low byte of the float: no conversion instruction, of which a
     multiprocessor issues few. A fused multiply-add would skip the rounding of the product and move some ties.
     """
-    rounded = (x.to(tl.float32) * inverse + _ROUNDER).to(tl.int32, bitcast=True)
+    scaled = x.to(tl.float32) * inverse
+    if LIMITED:
+        scaled = tl.minimum(tl.maximum(scaled, -_MAX_VALUE), _MAX_VALUE)
+    rounded = (scaled + _ROUNDER).to(tl.int32, bitcast=True)
     return tl.where(inverse != 0.0, rounded, 0).to(tl.int8)
 
 

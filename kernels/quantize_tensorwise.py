@@ -58,7 +58,8 @@ def quantize_tensorwise_both(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 def quantize_by_scale(x_NK: torch.Tensor, scale_11: torch.Tensor, transpose: bool) -> torch.Tensor:
     """The x_q of `quantize_tensorwise` or `quantize_tensorwise_transpose`, bit for bit, by the scale that it gave for x.
 
-    For the backward: it reads the weight once, where finding the scale again would read it twice.
+    For the backward: it reads the weight once, where finding the scale again would read it twice. A weight that has changed
+    in between unnoticed is quantised as it is now, by the old scale: what has grown beyond that becomes 127 or -127.
 
     Args:
         x_NK: [N, K] bfloat16, float16 or float32, any strides.
@@ -98,7 +99,7 @@ def quantize_by_scale_reference(x_NK: torch.Tensor, scale_11: torch.Tensor, tran
     """`quantize_by_scale` in plain PyTorch, bit for bit."""
     _check_scale(scale_11)
     check_quantizer_input("quantize_by_scale", x_NK)
-    x_q_NK = round_reference(x_NK, inverse_reference(scale_11))
+    x_q_NK = round_reference(x_NK, inverse_reference(scale_11), limited=True)
     return (x_q_NK.t() if transpose else x_q_NK).clone(memory_format=torch.contiguous_format)
 
 
@@ -345,12 +346,12 @@ def _quantize_tiles_kernel(
         tl.store(scale_ptr, scale)  # every program writes the same bits
     if not LOADS_EARLY:
         x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
-    x_q = round_to_int8(x, inverse)
+    x_q = round_to_int8(x, inverse, KNOWS_SCALE)
     store_tile(x_q, same_ptr, transposed_ptr, rows, columns, num_rows, num_columns, mask, SAME, TRANSPOSED)
     for before in tl.range(first + tl.num_programs(0), num_tiles, tl.num_programs(0)):
         rows, columns, mask = _tile(num_tiles - 1 - before, tiles_per_row, num_rows, num_columns, BLOCK_R, BLOCK_C)
         x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask)
-        x_q = round_to_int8(x, inverse)
+        x_q = round_to_int8(x, inverse, KNOWS_SCALE)
         store_tile(x_q, same_ptr, transposed_ptr, rows, columns, num_rows, num_columns, mask, SAME, TRANSPOSED)
 
 
@@ -409,6 +410,7 @@ QUANTIZE_TENSORWISE_BOTH = define_op(
 
 
 def _fake_by_scale(x_NK: torch.Tensor, scale_11: torch.Tensor, transpose: bool) -> torch.Tensor:
+    check_quantizer_input("quantize_by_scale", x_NK)
     _check_scale(scale_11)
     return _fake(x_NK.t() if transpose else x_NK)[0]
 

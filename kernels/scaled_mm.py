@@ -127,7 +127,7 @@ def _prepare(
     flags = (bias_N is not None, scale_b.numel() > 1, tma_fits)
     key = (bucket(num_rows), num_columns, num_summed, out_dtype, *flags)
     device, dtype = a_q_MK.device, a_q_MK.dtype
-    config = TUNER.choose(key, lambda: candidates(device, tma_fits, dtype, bucket(num_rows), num_columns), run, device)
+    config = TUNER.choose(key, lambda: candidates(device, tma_fits, dtype, bucket(num_rows) // 2, num_columns), run, device)
     return launcher(config, *operands, out_MN)
 
 

@@ -81,7 +81,7 @@ POINTER_CANDIDATES = [
 def candidates(
     device: torch.device, tma_fits: bool, dtype: torch.dtype, num_rows: int, num_columns: int
 ) -> list[MatmulConfig]:
-    """What to choose among on a device for a result of this size, or of so many rows at most.
+    """What to choose among on a device for a result of this size, or of so many rows at least.
 
     Small tiles are for small results: where each multiprocessor has several of the large ones, they only cost the time to
     compile them.

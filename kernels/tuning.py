@@ -78,7 +78,7 @@ def run_together(runs: Sequence[Callable[[], object]], device: torch.device) -> 
 
 
 class _Turns:
-    """Kernels of several ops may be compiled (and tried) at once; nothing else runs while one is timed."""
+    """Kernels of several ops may be compiled (and tried) at once; meanwhile none is timed, and those that are take turns."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()

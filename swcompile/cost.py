@@ -157,7 +157,8 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
 
     multiply = scaled_mm_work(m, n, k, itemsize)
     # An operand with one scale, or with scales for what is not summed over, is read twice, and takes two kernels: one for
-    # its absmax and one that rounds; by columns, one that sets the maxima to zero and one that does the rest.
+    # its absmax, unless another matmul has found its scale, and one that rounds; by columns, one that sets the maxima to
+    # zero and one that does the rest.
     activation_kernels, weight_kernels = 1.0, 1.0
     if matmul.role is Role.GRAD_WEIGHT:
         activation_kernels = weight_kernels = 2.0
@@ -229,7 +230,7 @@ def _symbol_hint(symbol: sympy.Symbol, shape_env: ShapeEnv) -> int:
 
 
 def device_rates(device: torch.device, dtype: torch.dtype, number_format: NumberFormat = INT8) -> DeviceRates:
-    """Rates of a device for a dtype and an 8-bit format. Measured once (under a second, and kernel tuning), then read from a file in
+    """Rates of a device for a dtype and an 8-bit format. Measured once (a second or two, and kernel tuning), then read from a file in
     Inductor's cache folder, where the first process to write decides for all that share it.
 
     The rates are those of the device's model: GPUs of one name get the same, so ranks decide alike.
@@ -359,7 +360,8 @@ def _matmul_rates(
     shares = (1, 8, 16)
     cut = [[operand[:, : length // share].contiguous() for operand in operands] for share in shares]
     times = [[seconds(partial(matmul, *pair)) for pair in cut] for _ in range(3)]
-    whole, *parts = (statistics.median(column) - kernel for column in zip(*times, strict=True))
+    medians = [statistics.median(column) for column in zip(*times, strict=True)]
+    whole, *parts = (median - min(kernel, median / 2) for median in medians)
     rest = pick([_rest(whole, part, share) for part, share in zip(parts, shares[1:], strict=True)])
     return 2 * num_rows * num_columns * length / (whole - rest), rest / (num_rows * num_columns)
 

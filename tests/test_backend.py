@@ -258,6 +258,18 @@ def test_inference_is_int8_and_train_and_eval_switch(device: str) -> None:
     assert_equal(run(compiled, model, x), in_eval)
 
 
+def test_a_weight_that_grows_unnoticed_before_the_backward_flips_no_sign() -> None:
+    """Its scale is the forward's. Autograd does not see what fused optimizers write, nor writes through ``.data``."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(WIDTH, WIDTH), torch.randn(32, WIDTH, requires_grad=True)
+    out = torch.compile(layer, backend="switchback", options=EVERY | {"include": "*"})(x)
+    layer.weight.data.mul_(1.1)
+    tangent = torch.randn_like(out)
+    out.backward(tangent)
+    expected = tangent @ layer.weight
+    assert x.grad is not None and 0 < (x.grad - expected).norm() / expected.norm() < 0.05
+
+
 @pytest.mark.parametrize("recipe", swcompile.RECIPES)
 def test_activation_checkpointing_gives_the_same_bits(recipe: str) -> None:
     options = {"recipe": recipe, **EVERY}

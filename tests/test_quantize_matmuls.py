@@ -266,6 +266,22 @@ def test_a_prediction_decides_where_slower_ones_are_skipped(ratio: float) -> Non
     assert {value for key, value in seen.items() if key[1] is Role.GRAD_INPUT} == {1}
 
 
+def test_costs_are_shared_with_what_is_rewritten_too() -> None:
+    """The backward would pay if the forward bore half of finding the scale, but not alone."""
+    asked: list[list[tuple[Role, int]]] = []
+
+    def predict(candidates: Sequence[Any], others: Sequence[Any]) -> list[Prediction]:
+        asked.append([(c.matmul.role, c.scale_sharers) for c in candidates])
+        assert len(candidates) + len(others) == 3
+        worth = {(Role.OUTPUT, 2): 1.02, (Role.GRAD_INPUT, 2): 1.06, (Role.GRAD_INPUT, 1): 0.98}
+        return [Prediction(worth[key]) for key in asked[-1]]
+
+    graph = swcompile.capture(nn.Linear(IN, OUT), x_of().requires_grad_()).graph
+    result = swcompile.quantize_matmuls(graph, recipe=make_recipe({"include": "*"}), predict=predict)
+    assert asked == [[(Role.OUTPUT, 2), (Role.GRAD_INPUT, 2)], [(Role.GRAD_INPUT, 1)]]
+    assert result.rewrites == 0 and [d.speedup for d in result.decisions] == [1.02, 0.98, None]
+
+
 def test_one_activation_is_quantised_once_and_each_weight_twice() -> None:
     joint, _ = rewrite(Projections(), x_of())
     # x for q, k and v together, the input of o, and the gradients of four outputs

@@ -170,6 +170,17 @@ def test_user_errors(op):
         getattr(module, op)(torch.ones(2, 2, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("by_scale", [quantize_by_scale_reference, quantize_by_scale_triton])
+def test_what_outgrew_its_scale_is_the_largest_value(by_scale):
+    x = torch.tensor([[1.0, -1.0, 0.5, 0.0]], device=DEVICE)
+    _, scale = quantize_tensorwise_reference(x)
+    assert by_scale(1.01 * x, scale, False).tolist() == [[127, -127, 64, 0]]
+    x = torch.tensor([[3.0, -1e30, float("inf"), -float("inf"), float("nan")]], device=DEVICE)
+    assert by_scale(x, scale, False).tolist() == [[127, -127, 127, -127, -127]]
+    for nothing in (0.0, -1.0, float("nan"), float("inf")):
+        assert not by_scale(x, torch.full_like(scale, nothing), False).any()
+
+
 @pytest.mark.parametrize(
     ("scale", "message"),
     [(torch.ones(1, 1, dtype=torch.float64), "float64.*must be float32"), (torch.ones(3, 1), r"\(3, 1\).*\(1, 1\)")],
@@ -178,8 +189,9 @@ def test_user_errors_of_a_known_scale(scale, message):
     for x_q in (quantize_by_scale_triton, quantize_by_scale):
         with pytest.raises(ValueError, match=message):
             x_q(torch.ones(3, 2, device=DEVICE), scale.to(DEVICE), False)
-    with pytest.raises(ValueError, match="quantize_by_scale: x is torch.float64"):
-        quantize_by_scale(torch.ones(3, 2, dtype=torch.float64), torch.ones(1, 1), False)
+    for device in (DEVICE, "meta"):
+        with pytest.raises(ValueError, match="quantize_by_scale: x is torch.float64"):
+            quantize_by_scale(torch.ones(3, 2, dtype=torch.float64, device=device), torch.ones(1, 1, device=device), False)
 
 
 @pytest.mark.parametrize("op", [QUANTIZE_TENSORWISE, QUANTIZE_TENSORWISE_TRANSPOSE, QUANTIZE_TENSORWISE_BOTH])

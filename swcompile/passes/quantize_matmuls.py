@@ -10,7 +10,7 @@ from torch import fx
 
 from swcompile import graph as facts
 from swcompile import values
-from swcompile.cost import Candidate, Prediction, predict_speedups
+from swcompile.cost import MIN_SPEEDUP, Candidate, Prediction, predict_speedups
 from swcompile.decide import decide, weigh
 from swcompile.graph import Matmul
 from swcompile.kernels.formats import E4M3, INT8
@@ -80,22 +80,8 @@ def quantize_matmuls(
     alone = values.parameters_alone(graph, facts.parameters(graph))
     decisions = [decide(matmul, recipe, heads=heads, alone=alone) for matmul in found]
     wanted = [matmul for matmul, decision in zip(found, decisions, strict=True) if _is_new(matmul, decision)]
-    sharing = Counter(_activation_key(matmul) for matmul in wanted)
-    readers = Counter(_weight_key(matmul) for matmul in wanted)
-    scale_readers = Counter(_weight_key(matmul)[0] for matmul in wanted if _keeps_scale(matmul, recipe))
-    candidates = []
-    for matmul in wanted:
-        gemm = recipe.format_of(matmul.role)
-        assert gemm is not None
-        sharers = sharing[_activation_key(matmul)]
-        is_held = readers[_weight_key(matmul)] == 1 and _can_be_held(matmul, gemm)
-        weight_passes = recipe.micro_batches if is_held else 1
-        scale_sharers = scale_readers[_weight_key(matmul)[0]] if _keeps_scale(matmul, recipe) else 1
-        is_fused = _will_be_fused(matmul, recipe)
-        candidates.append(Candidate(matmul, gemm, sharers, is_fused, weight_passes, scale_sharers))
     others = [matmul for matmul in found if matmul not in wanted]
-    predictions = predict(candidates, others) if recipe.skip_slower else []
-    predicted = {c.matmul.node: prediction for c, prediction in zip(candidates, predictions, strict=recipe.skip_slower)}
+    predicted = _predictions(wanted, others, recipe, predict) if recipe.skip_slower else {}
 
     rewriter = _Rewriter(graph, one_scale={matmul.node for matmul in wanted if _keeps_scale(matmul, recipe)})
     result = PassResult()
@@ -109,6 +95,39 @@ def quantize_matmuls(
             rewriter.rewrite(matmul, gemm)
             result.rewrites += 1
     return result
+
+
+def _predictions(
+    wanted: Sequence[Matmul], others: Sequence[Matmul], recipe: Recipe, predict: Predict
+) -> dict[fx.Node, Prediction]:
+    """Matmul -> what 8 bit is worth to it, where those alone share its costs that are rewritten, too."""
+    predicted: dict[fx.Node, Prediction] = {}
+    taken = list(wanted)
+    while True:
+        refused = [matmul for matmul in wanted if matmul not in taken]
+        predictions = predict(_candidates(taken, recipe), [*others, *refused])
+        predicted |= {matmul.node: prediction for matmul, prediction in zip(taken, predictions, strict=True)}
+        worth = [matmul for matmul in taken if predicted[matmul.node].speedup >= MIN_SPEEDUP]
+        if len(worth) in (0, len(taken)):
+            return predicted
+        taken = worth
+
+
+def _candidates(matmuls: Sequence[Matmul], recipe: Recipe) -> list[Candidate]:
+    """The matmuls, each with how many of them share what it reads."""
+    sharing = Counter(_activation_key(matmul) for matmul in matmuls)
+    readers = Counter(_weight_key(matmul) for matmul in matmuls)
+    scale_readers = Counter(_weight_key(matmul)[0] for matmul in matmuls if _keeps_scale(matmul, recipe))
+    candidates = []
+    for matmul in matmuls:
+        gemm = recipe.format_of(matmul.role)
+        assert gemm is not None
+        sharers = sharing[_activation_key(matmul)]
+        is_held = readers[_weight_key(matmul)] == 1 and _can_be_held(matmul, gemm)
+        weight_passes = recipe.micro_batches if is_held else 1
+        scale_sharers = scale_readers[_weight_key(matmul)[0]] if _keeps_scale(matmul, recipe) else 1
+        candidates.append(Candidate(matmul, gemm, sharers, _will_be_fused(matmul, recipe), weight_passes, scale_sharers))
+    return candidates
 
 
 def _is_new(matmul: Matmul, decision: Decision) -> bool:
@@ -139,8 +158,9 @@ def _can_be_held(matmul: Matmul, gemm: GemmFormat) -> bool:
 def _keeps_scale(matmul: Matmul, recipe: Recipe) -> bool:
     """Whether the weight is quantised by one scale that is found for all matmuls that read it.
 
-    Not for what a checkpoint computes again: the backward would find the scale again, for this alone; and not where
-    `hold_weights` looks for a weight with its own scale.
+    Not for what a `torch.utils.checkpoint` computes again: the backward would find the scale again, for this alone (as it does
+    where a memory budget of functorch's decides what is computed again); and not where `hold_weights` looks for a weight
+    with its own scale.
     """
     gemm = recipe.format_of(matmul.role)
     has_one_scale = gemm is not None and gemm.weight is Scaling.TENSOR and matmul.role is not Role.GRAD_WEIGHT
@@ -171,7 +191,8 @@ class _Rewriter:
 
     Args:
         graph: whose matmuls they are.
-        one_scale: those whose weights are quantised by one scale, found by the first of them.
+        one_scale: those whose weights are quantised by one scale, found by the first of them that needs the weight as it lies
+            in memory.
     """
 
     def __init__(self, graph: fx.Graph, *, one_scale: set[fx.Node]):
