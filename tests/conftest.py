@@ -13,7 +13,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
+from processes import write_scalar_code
+
 from swcompile import backend
+
+write_scalar_code()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

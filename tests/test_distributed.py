@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from processes import leave
+from processes import leave, write_scalar_code
 from test_backend import EVERY, Model
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +21,7 @@ WIDTH = 384  # more than one of DDP's smallest buckets: Dynamo splits the graph 
 def train(rank: int, world: int, folder: str, wrap: str) -> None:
     """Train on this rank's share of each batch and leave the parameters and the number of int8 matmuls in a file."""
     torch.set_num_threads(1)
+    write_scalar_code()
     torch.manual_seed(0)
     model: Any = Model(width=WIDTH)
     options = {"backend": "switchback", "options": EVERY}

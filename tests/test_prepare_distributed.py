@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from processes import leave
+from processes import leave, write_scalar_code
 from test_prepare import WIDTH, Written, encoder_layer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import swcompile
 
-STEPS, BATCH, LENGTH = 4, 4, 6
+STEPS, BATCH, LENGTH = 4, 4, 8
 
 
 class Block(nn.Module):
@@ -70,6 +70,7 @@ def train(rank: int, world: int, wrap: str, is_compiled: bool) -> dict[str, torc
 def train_all(rank: int, world: int, folder: str) -> None:
     """Leave each way's parameters in a file of this rank; the first one also what one process gets from all data."""
     torch.set_num_threads(1)
+    write_scalar_code()
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
     states = {}
     if rank == 0:  # the other one waits, and finds compiled what this one has compiled
