@@ -90,7 +90,7 @@ def test_the_gpu_that_is_measured_is_the_current_one(monkeypatch: pytest.MonkeyP
 
 
 class Cast(nn.Module):
-    """A weight that reaches its matmul in another dtype, after other steps, or in a function that is checkpointed."""
+    """A weight that reaches its matmul in another dtype, after other steps, in a checkpoint, or beside a matmul of its own dtype."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -98,10 +98,10 @@ class Cast(nn.Module):
         self.register_buffer("frequencies", torch.randn(8, 8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm(x.float()).bfloat16() if self.how != "rotary" else x
         if self.how == "rotary":
             angles = self.frequencies @ torch.arange(8.0)[:, None]
             return nn.functional.linear(x, self.weight.bfloat16()) * angles[:, 0].cos().bfloat16()
+        x = self.norm(x.float()).bfloat16()
         if self.how == "checkpoint":
             return checkpoint(lambda y: y @ self.weight.bfloat16(), x, use_reentrant=False)
         weight = {"scaled": self.weight * 2, "turned": self.weight.t()}.get(self.how, self.weight)

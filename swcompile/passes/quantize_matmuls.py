@@ -102,15 +102,14 @@ def _predictions(
 ) -> dict[fx.Node, Prediction]:
     """Matmul -> what 8 bit is worth to it, where those alone share its costs that are rewritten, too."""
     predicted: dict[fx.Node, Prediction] = {}
-    taken = list(wanted)
+    taken, left = list(wanted), list(others)
     while True:
-        refused = [matmul for matmul in wanted if matmul not in taken]
-        predictions = predict(_candidates(taken, recipe), [*others, *refused])
-        predicted |= {matmul.node: prediction for matmul, prediction in zip(taken, predictions, strict=True)}
-        worth = [matmul for matmul in taken if predicted[matmul.node].speedup >= MIN_SPEEDUP]
-        if len(worth) in (0, len(taken)):
+        predicted |= zip([matmul.node for matmul in taken], predict(_candidates(taken, recipe), left), strict=True)
+        refused = [matmul for matmul in taken if predicted[matmul.node].speedup < MIN_SPEEDUP]
+        if len(refused) in (0, len(taken)):
             return predicted
-        taken = worth
+        left += refused
+        taken = [matmul for matmul in taken if predicted[matmul.node].speedup >= MIN_SPEEDUP]
 
 
 def _candidates(matmuls: Sequence[Matmul], recipe: Recipe) -> list[Candidate]:
