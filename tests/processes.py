@@ -1,21 +1,65 @@
 """Processes of tests."""
 
+import contextlib
+import io
+import multiprocessing
 import os
-from typing import NoReturn
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
 
+import torch
+import torch.multiprocessing as mp
 from torch._inductor import config
+
+multiprocessing.set_forkserver_preload(["torch._inductor.compile_fx", "torch.distributed.fsdp"])
+
+
+def run_in_processes(function: Callable[..., None], arguments: tuple[Any, ...], num_processes: int = 1) -> None:
+    """Run ``function(rank, *arguments)`` in new processes and wait for them; an error of theirs is raised here.
+
+    They are forked from a process that has imported PyTorch and nothing of ours, which takes a tenth of the time of doing
+    so in each; but CUDA does not outlive a fork. Environment variables are those of the first start.
+    """
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    mp.start_processes(function, arguments, num_processes, start_method=method)
+
+
+def run_program(program: str, *arguments: str, folder: Path, path: Path | None = None, **environment: str) -> str:
+    """What a program prints that runs in a process of its own.
+
+    Args:
+        program: its source.
+        arguments: of its command line.
+        folder: to work in; what it prints is left there, too.
+        path: of modules to find before all others.
+        environment: variables beside those that there are.
+    """
+    run_in_processes(_run_program, (program, arguments, str(folder), path and str(path), environment))
+    return (folder / "printed").read_text()
+
+
+def _run_program(
+    rank: int, program: str, arguments: tuple[str, ...], folder: str, path: str | None, environment: dict[str, str]
+) -> None:
+    os.environ |= environment
+    os.chdir(folder)
+    sys.argv = ["-c", *arguments]
+    sys.path[:0] = [path] if path else []
+    write_scalar_code()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})  # noqa: S102 (it is ours)
+    Path("printed").write_text(printed.getvalue())
 
 
 def write_scalar_code() -> None:
-    """Let Inductor do without vectors on a CPU: it writes such code, and the compiler reads it, in three quarters of the time.
-
-    What tests start as a program of its own keeps them.
-    """
+    """Let Inductor do without vectors on a CPU: it writes such code, and the compiler reads it, in three quarters of the time."""
     config.cpp.simdlen = 1
 
 
 def leave() -> NoReturn:
-    """End a process that ``mp.spawn`` has started, once its results are in a file.
+    """End a process that `run_in_processes` has started, once its results are in a file.
 
     Without destructors: one of DistributedDataParallel's destroys the process group and holds Python's lock meanwhile, for
     which Gloo's thread may be waiting to free what is left of a collective.

@@ -1,14 +1,13 @@
 """Inductor's caches stay on, hit in a second process, and never serve the wrong rewrite."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import run_program
 
 import swcompile
 
@@ -70,13 +69,9 @@ def run(
     cache: Path, options: dict[str, Any], path: Path | None = None, program: str = PROGRAM
 ) -> dict[str, Any]:
     """Compile and train a step in a process of its own."""
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
-    if path:
-        environment["PYTHONPATH"] = str(path)
-    command = [sys.executable, "-c", program, json.dumps({"skip_slower": False} | options)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=cache.parent)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    arguments = json.dumps({"skip_slower": False} | options)
+    printed = run_program(program, arguments, folder=cache.parent, path=path, TORCHINDUCTOR_CACHE_DIR=str(cache))
+    return json.loads(printed.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from processes import leave, write_scalar_code
+from processes import leave, run_in_processes, write_scalar_code
 from test_backend import EVERY, Model
 from torch.nn.parallel import DistributedDataParallel
 
@@ -54,7 +53,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("one")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        mp.spawn(train, args=(1, str(folder), ""), nprocs=1)
+        run_in_processes(train, (1, str(folder), ""), 1)
     return torch.load(folder / "1-0.pt")
 
 
@@ -63,7 +62,7 @@ def test_two_processes_equal_one(
     wrap: str, one: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    mp.spawn(train, args=(2, str(tmp_path), wrap), nprocs=2)
+    run_in_processes(train, (2, str(tmp_path), wrap), 2)
     start = {name: p.detach() for name, p in _fresh().named_parameters()}
     (left, right) = (torch.load(tmp_path / name) for name in ("2-0.pt", "2-1.pt"))
     expected = {f"blocks.{i}.{layer}.weight" for i in range(2) for layer in ("up", "down")}

@@ -12,8 +12,7 @@ import model_zoo
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from processes import leave
+from processes import leave, run_in_processes
 from test_backend import EVERY, WIDTH, Block, Model
 from test_cost import RATES
 from torch import nn
@@ -384,7 +383,7 @@ def train_sharded(rank: int, world: int, folder: str) -> None:
 
 def test_weights_that_share_memory_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    mp.spawn(train_sharded, args=(2, str(tmp_path)), nprocs=2)
+    run_in_processes(train_sharded, (2, str(tmp_path)), 2)
     for rank in range(2):
         result = torch.load(tmp_path / f"{rank}.pt")
         assert_same(result["actual"], result["expected"])

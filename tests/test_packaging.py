@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from processes import run_program
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(
@@ -94,10 +95,9 @@ def test_imports(file: Path) -> None:
     assert not ours & above, f"{relative} imports upwards: {ours & above}"
 
 
-def test_kernels_are_imported_under_one_name() -> None:
+def test_kernels_are_imported_under_one_name(tmp_path: Path) -> None:
     program = "import sys, swcompile; print('swcompile.kernels.scaled_mm' in sys.modules, 'kernels' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.split() == ["True", "False"]
+    assert run_program(program, folder=tmp_path, path=ROOT).split() == ["True", "False"]
 
 
 def test_the_makefile_installs_a_torch_that_the_package_allows() -> None:

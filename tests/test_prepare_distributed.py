@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from processes import leave, write_scalar_code
+from processes import leave, run_in_processes, write_scalar_code
 from test_prepare import WIDTH, Written, encoder_layer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -91,7 +90,7 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        mp.spawn(train_all, args=(2, str(folder)), nprocs=2)
+        run_in_processes(train_all, (2, str(folder)), 2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

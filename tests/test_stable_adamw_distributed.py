@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as checkpoints
-import torch.multiprocessing as mp
-from processes import leave
+from processes import leave, run_in_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -91,7 +90,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, device: str) -> list[dict[
     with pytest.MonkeyPatch.context() as patch:
         if device == "cpu":
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        mp.spawn(train_sharded, args=(2, str(folder), device), nprocs=2)
+        run_in_processes(train_sharded, (2, str(folder), device), 2)
     return [torch.load(folder / f"{rank}.pt", map_location=device) for rank in range(2)]
 
 
