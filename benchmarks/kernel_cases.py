@@ -55,6 +55,7 @@ EXTRA_CONFIGS: dict[str, list[Any]] = {
         TileConfig(128, 256, 8),
     ],
     "scaled_mm": [
+        MatmulConfig("wgmma", 128, 256, 64, 4, 6, num_stores=1, lead=3),
         MatmulConfig("wgmma", 128, 256, 64, 4, 8, num_stores=2, lead=2),
         MatmulConfig("wgmma", 128, 256, 64, 4, 8, num_stores=2, lead=0),
         MatmulConfig("wgmma", 128, 256, 64, 4, 8, group_m=16, num_stores=2, lead=4),

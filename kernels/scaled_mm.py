@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from swcompile.kernels import scaled_mm_kernels
 from swcompile.kernels.launch import Plans, empty, nothing
 from swcompile.kernels.library import Work, define_op
-from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_tma, launcher
+from swcompile.kernels.scaled_mm_kernels import MARGIN, MatmulConfig, candidates, fits_tma, launcher
 from swcompile.kernels.tuning import Tuner, bucket
 
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -133,7 +133,7 @@ def _prepare(
 
 PLANS = Plans(_prepare)
 TUNER: Tuner[MatmulConfig] = Tuner(
-    "scaled_mm", [scaled_mm_kernels.__file__, str(Path(__file__).with_name("scaled_mm_wgmma.py"))]
+    "scaled_mm", [scaled_mm_kernels.__file__, str(Path(__file__).with_name("scaled_mm_wgmma.py"))], MARGIN
 )
 
 

@@ -13,7 +13,7 @@ from swcompile.kernels.formats import E4M3
 from swcompile.kernels.launch import Plans, empty, nothing
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.scaled_mm import OUTPUT_DTYPES, scaled_mm_work
-from swcompile.kernels.scaled_mm_kernels import MatmulConfig, candidates, fits_tma, launcher
+from swcompile.kernels.scaled_mm_kernels import MARGIN, MatmulConfig, candidates, fits_tma, launcher
 from swcompile.kernels.tuning import Tuner, bucket
 
 
@@ -116,6 +116,7 @@ TUNER: Tuner[MatmulConfig] = Tuner(
     "scaled_mm_e4m3",
     [scaled_mm_kernels.__file__]
     + [str(Path(__file__).with_name(name)) for name in ("scaled_mm_wgmma.py", "scaled_mm_e4m3_wgmma.py")],
+    MARGIN,
 )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
-from math import log2
+from math import inf, log2
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -113,6 +113,8 @@ class Tuner(Generic[Config]):
     Args:
         name: of the kernel, for the file on disk.
         sources: files whose change makes old choices worthless.
+        margin: by what part the fastest has to be faster than one that `candidates` lists before it. The few calls that are
+            timed do not heat a GPU up to its power limit; where that limit decides, the order knows more than they do.
         measure: time of a call, in any unit; replaced in tests.
         compile_all: prepares the calls that are to be timed; replaced in tests.
     """
@@ -121,11 +123,13 @@ class Tuner(Generic[Config]):
         self,
         name: str,
         sources: Sequence[str],
+        margin: float = 0.0,
         measure: Callable[[Callable[[], object]], float] = measure_ms,
         compile_all: Callable[[Sequence[Callable[[], object]], torch.device], object] = run_together,
     ) -> None:
         self._name = name
         self._sources = sources
+        self._margin = margin
         self._measure = measure
         self._compile_all = compile_all
         self._chosen: dict[tuple[torch.device, Key], Config] = {}
@@ -186,7 +190,9 @@ class Tuner(Generic[Config]):
             if not times:
                 raise RuntimeError(f"no configuration of {self._name} fits this GPU") from unfit
             finalists = sorted(times, key=times.__getitem__)[:NUM_FINALISTS]
-            return min(finalists, key=lambda config: self._measure(partial(run, config)))
+            final = {config: self._measure(partial(run, config)) for config in finalists}
+            bound = min(final.values()) * (1 + self._margin)
+            return next(config for config in candidates if final.get(config, inf) <= bound)
 
     def _nearest(self, key: Key, device: torch.device) -> Config | None:
         """What is remembered for the nearest first element of `key`, all else being equal."""

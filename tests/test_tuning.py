@@ -60,9 +60,9 @@ compiled: list[int] = []
 """How many calls were prepared, a tuning."""
 
 
-def new_tuner(source: str = __file__) -> Tuner[Config]:
+def new_tuner(source: str = __file__, margin: float = 0.0) -> Tuner[Config]:
     """As in a new process: nothing remembered but what is on disk."""
-    return Tuner("test", [source], measure=Clock.measure, compile_all=lambda runs, device: compiled.append(len(runs)))
+    return Tuner("test", [source], margin, measure=Clock.measure, compile_all=lambda runs, device: compiled.append(len(runs)))
 
 
 def choose(tuner: Tuner[Config], clock: Clock, key=KEY, candidates=CANDIDATES, device=GPU) -> Config:
@@ -105,6 +105,11 @@ def test_a_chance_of_the_first_round_is_corrected():
             return super().run(config) * (0.1 if first and config == Config(64) else 1)
 
     assert choose(new_tuner(), Erratic(TIMES)) == Config(128)
+
+
+@pytest.mark.parametrize(("margin", "tile"), [(0.0, 128), (0.01, 128), (0.03, 64)])
+def test_the_fastest_has_to_be_faster_than_those_before_it_by_a_margin(margin: float, tile: int):
+    assert choose(new_tuner(margin=margin), Clock(TIMES | {Config(64): 1.02})) == Config(tile)
 
 
 def test_remembered_on_disk(tmp_path):
