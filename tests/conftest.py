@@ -1,7 +1,9 @@
 """The interpreter for Triton kernels where there is no GPU, and the `gpu` marker."""
 
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the workers share the cores; read when torch is imported
     threads = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
@@ -9,6 +11,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the workers share the cores; re
 
 import pytest
 import torch
+from filelock import FileLock
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
@@ -34,3 +37,11 @@ def _no_compilations_from_other_tests() -> Iterator[None]:
     yield
     torch._dynamo.reset()
     backend._reports.clear()
+
+
+@pytest.fixture
+def much_memory() -> Iterator[None]:
+    """For a test that takes a good part of a GPU's memory: one worker at a time has it, and gives it back."""
+    with FileLock(Path(tempfile.gettempdir()) / "swcompile_tests_much_memory.lock"):
+        yield
+        torch.cuda.empty_cache()

@@ -120,6 +120,7 @@ def test_large(dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("much_memory")
 def test_more_than_2_to_31_elements():
     x_q = torch.randint(-127, 128, (64, 4096), dtype=torch.int8, device="cuda").repeat(8200, 1)
     scale = torch.rand(len(x_q), 1, device="cuda")

@@ -153,6 +153,7 @@ def test_transposed_stores_many_times(dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("much_memory")
 def test_more_than_2_to_31_elements():
     x = torch.randn(64, 4096, dtype=torch.bfloat16, device="cuda").repeat(8200, 1)
     x_q, scale = quantize_columnwise_transpose(x)

@@ -192,6 +192,7 @@ def test_large(shape, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("much_memory")
 def test_more_than_2_to_31_elements():
     x = torch.randn(64, 4096, dtype=torch.bfloat16, device="cuda").repeat(8200, 1)
     assert x.numel() > 2**31

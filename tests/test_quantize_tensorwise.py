@@ -244,6 +244,7 @@ def test_every_configuration_on_many_tiles(config, shape, op):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("much_memory")
 @pytest.mark.parametrize("op", OPS)
 def test_more_than_2_to_31_elements(op):
     x = torch.randn(64, 4096, dtype=torch.bfloat16, device="cuda").repeat(8200, 1)

@@ -272,6 +272,7 @@ def test_op_on_cuda(shape):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("much_memory")
 def test_more_than_2_to_31_outputs():
     a_q, b_q, scale_a, scale_b = random_operands(64, 16384, 64)
     a_q, scale_a = a_q.repeat(2100, 1), scale_a.repeat(2100, 1)

@@ -175,6 +175,7 @@ def test_work():
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("much_memory")
 def test_more_than_2_to_31_elements():
     size = 2**31 + 10
     lists = [[torch.ones(size, dtype=dtype, device="cuda")] for dtype in (torch.bfloat16, torch.bfloat16)]
