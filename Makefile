@@ -6,6 +6,8 @@ PYTHON ?= python3
 CPU_TORCH ?= torch==2.13.0
 GPU_TORCH ?= torch>=2.11,<2.14
 RUN := .venv/bin/python
+# Python compiles modules when they are imported: few of those that pip would compile first, for a minute.
+INSTALL := $(RUN) -m pip install -q --no-compile
 ready := .venv/ready
 
 .PHONY: demo test lint bench docs clean
@@ -22,7 +24,7 @@ lint: $(ready)
 	$(RUN) -m mypy
 
 bench: $(ready)
-	$(RUN) -m pip install -q -e '.[benchmarks]'
+	$(INSTALL) -e '.[benchmarks]'
 	$(RUN) benchmarks/kernel_speed.py
 	$(RUN) benchmarks/train_step.py --peers
 	$(RUN) benchmarks/layer_speed.py --sweep --plot runs/layer_speed.png
@@ -38,11 +40,11 @@ $(ready): pyproject.toml
 	  $(PYTHON) -c "import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))" \
 	    > "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"; \
 	elif command -v nvidia-smi >/dev/null; then \
-	  $(RUN) -m pip install -q "$(GPU_TORCH)"; \
+	  $(INSTALL) "$(GPU_TORCH)"; \
 	else \
-	  $(RUN) -m pip install -q "$(CPU_TORCH)"; \
+	  $(INSTALL) "$(CPU_TORCH)"; \
 	fi
-	$(RUN) -m pip install -q -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
 	@touch $@
 
 clean:

@@ -1,5 +1,7 @@
 """A prepared model in two CPU processes, by DDP and by FSDP2 on each block, trains as in one."""
 
+import copy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -30,6 +32,12 @@ class Block(nn.Module):
 
 
 def build(dtype: torch.dtype) -> nn.Module:
+    """The same model each time."""
+    return copy.deepcopy(_prepared(dtype))
+
+
+@cache
+def _prepared(dtype: torch.dtype) -> nn.Module:
     """Prepared: a block that gets hooks, and one whose forward is replaced by its graph."""
     torch.manual_seed(0)
     model = nn.Sequential(Written(), Block()).eval().to(dtype)  # no dropout
