@@ -8,26 +8,27 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
 
 import torch
 import torch.multiprocessing as mp
 from torch._inductor import config
 
 multiprocessing.set_forkserver_preload(["torch._inductor.compile_fx", "torch.distributed.fsdp"])
+_START_METHOD = "spawn" if torch.cuda.is_available() else "forkserver"  # CUDA does not outlive a fork
 
 
 def run_in_processes(function: Callable[..., None], arguments: tuple[Any, ...], num_processes: int = 1) -> None:
     """Run ``function(rank, *arguments)`` in new processes and wait for them; an error of theirs is raised here.
 
-    They are forked from a process that has imported PyTorch and nothing of ours, which takes a tenth of the time of doing
-    so in each; but CUDA does not outlive a fork. Environment variables are those of the first start.
+    Without a GPU they are forked from a process that has imported PyTorch and nothing of ours, which takes a tenth of the time
+    of doing so in each; their environment variables are those of the first start.
     """
-    method = "spawn" if torch.cuda.is_available() else "forkserver"
-    mp.start_processes(function, arguments, num_processes, start_method=method)
+    mp.start_processes(function, arguments, num_processes, start_method=_START_METHOD)
 
 
 def run_program(program: str, *arguments: str, folder: Path, path: Path | None = None, **environment: str) -> str:
-    """What a program prints that runs in a process of its own.
+    """What a program prints that runs in a process of its own, where nothing of ours is imported.
 
     Args:
         program: its source.
@@ -36,8 +37,17 @@ def run_program(program: str, *arguments: str, folder: Path, path: Path | None =
         path: of modules to find before all others.
         environment: variables beside those that there are.
     """
-    run_in_processes(_run_program, (program, arguments, str(folder), path and str(path), environment))
+    with mock.patch.dict(os.environ, environment):  # a process that is not forked has them from the beginning
+        run_in_processes(_run_program, (program, arguments, str(folder), path and str(path), environment))
     return (folder / "printed").read_text()
+
+
+def check_document(name: str, folder: Path) -> None:
+    """Fail where `make docs` would change a document; on the CPU, as it is written."""
+    program = "import make_docs, sys; print(make_docs.main(['--check', sys.argv[1]]))"
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    printed = run_program(program, name, folder=folder, path=Path(__file__).parents[1] / "docs", **hidden)
+    assert printed.splitlines()[-1:] == ["0"], f"{printed}\n`make docs` brings {name} up to date"
 
 
 def _run_program(

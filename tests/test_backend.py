@@ -4,15 +4,15 @@ import contextlib
 import copy
 import io
 import logging
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import model_zoo
 import pytest
 import torch
+from processes import run_program
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import fresh_cache
@@ -104,7 +104,7 @@ def test_a_real_model_with_everything_excluded_is_inductor_to_the_bit() -> None:
     assert_equal(gradients[1], gradients[0])
 
 
-def test_a_program_that_never_imports_swcompile() -> None:
+def test_a_program_that_never_imports_swcompile(tmp_path: Path) -> None:
     program = """
 import sys, torch
 torch.manual_seed(0)
@@ -114,8 +114,7 @@ assert "swcompile" not in sys.modules
 out = torch.compile(model, backend="switchback", options={"skip_slower": False})(x)
 print((out - model(x)).norm().item() / model(x).norm().item())
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert 0 < float(done.stdout) < 0.05
+    assert 0 < float(run_program(program, folder=tmp_path)) < 0.05
 
 
 def test_report_and_log(caplog: pytest.LogCaptureFixture) -> None:

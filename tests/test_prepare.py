@@ -166,16 +166,15 @@ def test_sites_and_that_eager_and_compiled_agree(name: str) -> None:
 
     # Dynamo decides whether hooks and replaced forwards are seen; what comes after it works on aten ops as ever.
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for training in (False, True):
+    for training, batch, length in ((False, 2, 12), (True, 3, 16)):
         model.train(training)
-        for batch, length in ((2, 12), (3, 16)):
-            actual = run(model, inputs(batch, length))
-            assert_same(run(compiled, inputs(batch, length)), actual)
-            sum(t.float().square().mean() for t in actual if t.requires_grad).backward()
-            for key, parameter in model.named_parameters():
-                if key in new:
-                    assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
-            model.zero_grad()
+        actual = run(model, inputs(batch, length))
+        assert_same(run(compiled, inputs(batch, length)), actual)
+        sum(t.float().square().mean() for t in actual if t.requires_grad).backward()
+        for key, parameter in model.named_parameters():
+            if key in new:
+                assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
+        model.zero_grad()
 
     model.eval()
     assert not torch.equal(run(model, inputs())[0], before[0])
@@ -186,6 +185,15 @@ def test_sites_and_that_eager_and_compiled_agree(name: str) -> None:
 
 def report_of(report: swcompile.Report, kind: Stabilizer) -> list[swcompile.Decision]:
     return [decision for decision in report.decisions if decision.role is kind]
+
+
+@pytest.mark.parametrize("name", ["llama", "nn.MultiheadAttention", "pre-norm encoder layer"])
+def test_sizes_that_change_from_call_to_call(name: str) -> None:
+    model, inputs = make(name)
+    prepare(model, inputs(), **both(name, init=0.5))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for batch, length in ((2, 12), (3, 16), (5, 7)):
+        assert_same(run(compiled, inputs(batch, length)), run(model, inputs(batch, length)))
 
 
 @pytest.mark.parametrize("name", MODELS)

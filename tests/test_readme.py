@@ -1,11 +1,10 @@
 """The README keeps its word: its snippets run and print what it shows, its tables are the code's."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import check_document
 
 from swcompile import RECIPES, GemmFormat, Scaling
 from swcompile.recipe import OPTIONS
@@ -20,10 +19,8 @@ def _table(header: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def test_snippets_run_and_print_what_is_shown() -> None:
-    command = [sys.executable, str(ROOT / "docs" / "make_docs.py"), "--check", "README.md"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n`make docs` brings the README up to date"
+def test_snippets_run_and_print_what_is_shown(tmp_path: Path) -> None:
+    check_document("README.md", tmp_path)
 
 
 def test_the_options_are_those_of_the_backend() -> None:
