@@ -16,8 +16,10 @@ ready := .venv/ready
 demo: $(ready)
 	$(RUN) examples/train_clip.py
 
-test: lint
-	$(RUN) -m pytest -q -n 2 --dist worksteal
+# mypy has one of two cores for a while; next to it the tests have the other one.
+test: $(ready)
+	$(RUN) -m ruff check .
+	@$(RUN) -m mypy & types=$$!; $(RUN) -m pytest -q -n 2 --dist worksteal; tests=$$?; wait $$types && exit $$tests
 
 lint: $(ready)
 	$(RUN) -m ruff check .

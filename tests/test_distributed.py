@@ -22,7 +22,7 @@ def train(rank: int, world: int, folder: str, wrap: str) -> None:
     torch.set_num_threads(1)
     write_scalar_code()
     torch.manual_seed(0)
-    model: Any = Model(width=WIDTH)
+    model: Any = Model(num_blocks=2, width=WIDTH)
     options = {"backend": "switchback", "options": EVERY}
     if world > 1:
         store = dist.FileStore(f"{folder}/store", world)
@@ -79,4 +79,4 @@ def test_two_processes_equal_one(
 
 def _fresh() -> Model:
     torch.manual_seed(0)
-    return Model(width=WIDTH)
+    return Model(num_blocks=2, width=WIDTH)

@@ -38,7 +38,7 @@ NUM_LAYERS = 4  # of `Model`, each with an output and a grad_input
 def make(device: str = "cpu", **options: Any) -> tuple[nn.Module, Callable[..., torch.Tensor], torch.Tensor]:
     """(model, the same compiled, three micro-batches)."""
     torch.manual_seed(0)
-    model = Model().to(device)
+    model = Model(num_blocks=2).to(device)
     compiled = torch.compile(model, backend="switchback", options=OPTIONS | options)
     return model, compiled, torch.randn(3, 24, WIDTH, device=device)
 
