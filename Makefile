@@ -16,10 +16,8 @@ ready := .venv/ready
 demo: $(ready)
 	$(RUN) examples/train_clip.py
 
-# mypy has one of two cores for a while; next to it the tests have the other one.
-test: $(ready)
-	$(RUN) -m ruff check .
-	@$(RUN) -m mypy & types=$$!; $(RUN) -m pytest -q -n 2 --dist worksteal; tests=$$?; wait $$types && exit $$tests
+test: lint
+	$(RUN) -m pytest -q -n 2 --dist worksteal
 
 lint: $(ready)
 	$(RUN) -m ruff check .

@@ -306,7 +306,7 @@ def test_one_sample_and_one_token(fullgraph: bool) -> None:
     """Of a forward that is replaced by its graph, compiled for more of both."""
     model, inputs = make("nn.MultiheadAttention")
     prepare(model.eval(), inputs(), qk_layernorm=True)
-    compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
     for batch, length in ((2, 12), (1, 12), (3, 1), (1, 1)):
         expected = run(model, inputs(batch, length)) if fullgraph else None  # called before it is compiled
         actual = run(compiled, inputs(batch, length))
@@ -608,7 +608,7 @@ def test_inputs_of_another_kind_are_captured_when_they_come() -> None:
     assert expected[1] is None
     torch.testing.assert_close(expected[0], model(x, x, x, attn_mask=mask)[0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(expected[0], model(x, x, x, need_weights=False)[0])
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x, x, x, attn_mask=mask, need_weights=False)[0], expected[0])
     with pytest.raises(Exception, match="called in a new way: call it like this once before it is compiled"):
         compiled(x, x, x, key_padding_mask=torch.zeros(2, 5).bool())
