@@ -26,10 +26,10 @@ from clip_model import SIZES, GlyphClip
 from clip_training import Settings, build_optimizer, learning_rate
 from glyphs import NameTokenizer, render_corpus, unique_name_batches
 
-from swcompile.kernels.quantize_columnwise import (
-    quantize_columnwise_transpose,
-    quantize_columnwise_transpose_e4m3,
-)
+from swcompile.kernels.formats import E4M3
+from swcompile.kernels.int8 import BLOCK_ROWS
+from swcompile.kernels.quantize_blockwise import quantize_blockwise_transpose
+from swcompile.kernels.quantize_columnwise import quantize_columnwise_transpose
 from swcompile.kernels.quantize_tensorwise import quantize_tensorwise
 
 Pair = tuple[Tensor, Tensor]
@@ -40,8 +40,9 @@ def as_bf16(x: Tensor) -> Tensor:
 
 
 def as_e4m3_by_channel(x: Tensor) -> Tensor:
-    q, scale = quantize_columnwise_transpose_e4m3(x)
-    return (q[:, : len(x)].float() * scale).t().double()
+    """No kernel here does it."""
+    scale = (x.abs().amax(0) / E4M3.max_value).clamp(min=1e-30)
+    return ((x / scale).to(E4M3.dtype).float() * scale).double()
 
 
 def as_int8_by_channel(x: Tensor) -> Tensor:
@@ -50,9 +51,13 @@ def as_int8_by_channel(x: Tensor) -> Tensor:
 
 
 def as_int8_by_block(x: Tensor) -> Tensor:
+    q, scale = quantize_blockwise_transpose(x)
+    return (q[:, : len(x)].t() * scale.repeat_interleave(BLOCK_ROWS, 0)[: len(x)]).double()
+
+
+def as_int8_by_small_block(x: Tensor) -> Tensor:
     """A scale for each channel and block of 128 tokens: no kernel here does it."""
-    blocks = [as_int8_by_channel(block) for block in x.split(128)]
-    return torch.cat(blocks)
+    return torch.cat([as_int8_by_channel(block) for block in x.split(128)])
 
 
 def as_int8_by_tensor(x: Tensor) -> Tensor:
@@ -62,9 +67,10 @@ def as_int8_by_tensor(x: Tensor) -> Tensor:
 
 ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "bf16": as_bf16,
-    "e4m3, a scale a channel (switchback_full)": as_e4m3_by_channel,
+    "e4m3, a scale a channel": as_e4m3_by_channel,
     "int8, a scale a channel (llm_int8)": as_int8_by_channel,
-    "int8, a scale a channel and block of 128 tokens": as_int8_by_block,
+    "int8, a scale a channel and block of 1024 tokens (switchback_full)": as_int8_by_block,
+    "int8, a scale a channel and block of 128 tokens": as_int8_by_small_block,
     "int8, a scale a tensor": as_int8_by_tensor,
 }
 

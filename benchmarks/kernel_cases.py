@@ -10,13 +10,15 @@ from row_programs import PROGRAMS, make_inputs, program_at
 
 from swcompile.kernels import (
     dequantize,
+    quantize_blockwise,
     quantize_columnwise,
     quantize_rowwise,
     quantize_tensorwise,
     row_program_triton,
     scaled_mm,
-    scaled_mm_e4m3,
+    scaled_mm_blockwise,
 )
+from swcompile.kernels.int8 import num_blocks
 from swcompile.kernels.library import Work
 from swcompile.kernels.map_rows import MAP_ROWS, map_rows_work
 from swcompile.kernels.quantize_rowwise import RowwiseConfig
@@ -106,7 +108,7 @@ def normal(*shape: int) -> tuple[torch.Tensor]:
 
 def quantizer_cases(only: str) -> Iterable[Case]:
     """Every quantiser whose name contains `only` on the shapes of real layers, and the way back."""
-    row, tensor, column = quantize_rowwise, quantize_tensorwise, quantize_columnwise
+    row, tensor, column, block = quantize_rowwise, quantize_tensorwise, quantize_columnwise, quantize_blockwise
 
     def case(
         op: str, shape: tuple[int, int], work: Work, operands: Callable[[], Any], **tuned: Any
@@ -140,6 +142,11 @@ def quantizer_cases(only: str) -> Iterable[Case]:
         tuned = {"tuner": column.TUNER, "candidates": column.CANDIDATES, "launch": _launch_columnwise}
         work = column.quantize_columnwise_transpose_work(*shape, 2)
         yield from case("quantize_columnwise_transpose", shape, work, partial(normal, *shape), **tuned)
+    for width in (1280, 4096, 5120, 14336):
+        shape = (TOKENS, width)
+        tuned = {"tuner": block.TUNER, "candidates": block.CANDIDATES, "launch": _launch_blockwise}
+        work = block.quantize_blockwise_transpose_work(*shape, 2)
+        yield from case("quantize_blockwise_transpose", shape, work, partial(normal, *shape), **tuned)
     for width in (1280, 5120):
         work = dequantize.dequantize_work(TOKENS, width, 2, num_scales=TOKENS)
         operands = partial(lambda width: (*quantized(TOKENS, width), torch.bfloat16), width)
@@ -201,21 +208,27 @@ def _launch_tensorwise(config: TileConfig, x: torch.Tensor, *, same: bool, trans
 
 def _launch_columnwise(config: Any, x: torch.Tensor) -> None:
     x_q = torch.empty(x.t().shape, dtype=torch.int8, device="cuda")
-    quantize_columnwise.launcher(config, x, x_q)(x, x_q, torch.empty((x.shape[1], 1), device="cuda"))
+    quantize_columnwise.launcher(config, x)(x, x_q, torch.empty((x.shape[1], 1), device="cuda"))
+
+
+def _launch_blockwise(config: Any, x: torch.Tensor) -> None:
+    num_rows, num_columns = x.shape
+    x_q = torch.empty((num_columns, quantize_blockwise.padded(num_rows)), dtype=torch.int8, device="cuda")
+    quantize_blockwise.launcher(config, x)(x, x_q, torch.empty((num_blocks(num_rows), num_columns), device="cuda"))
 
 
 def quantized(num_rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     return quantize_rowwise.quantize_rowwise(*normal(num_rows, width))
 
 
-def _launch_matmul(config: MatmulConfig, *arguments: Any, out: torch.Tensor) -> None:
+def _launch_matmul(config: MatmulConfig, *arguments: Any, out: torch.Tensor, blockwise: bool) -> None:
     operands = *arguments[:4], None, out
-    launcher(config, *operands)(*operands)
+    launcher(config, *operands, blockwise=blockwise)(*operands)
 
 
 def matmul_cases(num_rows: int, only: str) -> Iterable[Case]:
-    """The forward matmul of linear layers in int8, and the one that makes the weight's gradient in e4m3, of normal data."""
-    e4m3 = quantize_columnwise.quantize_columnwise_transpose_e4m3
+    """The forward matmul of linear layers in int8, and the one that makes the weight's gradient, of normal data."""
+    quantize_blocks = quantize_blockwise.quantize_blockwise_transpose
     for in_features, out_features in LAYERS if only in "scaled_mm" else []:
 
         def operands(in_features: int = in_features, out_features: int = out_features) -> tuple[Any, ...]:
@@ -224,21 +237,21 @@ def matmul_cases(num_rows: int, only: str) -> Iterable[Case]:
             return a_q, b_q, scale_a, scale_b, None, torch.bfloat16
 
         yield _matmul_case(scaled_mm, "scaled_mm", f"{num_rows}: {in_features} -> {out_features}", operands)
-    for in_features, out_features in LAYERS if only in "scaled_mm_e4m3" else []:
+    for in_features, out_features in LAYERS if only in "scaled_mm_blockwise" else []:
 
         def operands(in_features: int = in_features, out_features: int = out_features) -> tuple[Any, ...]:
-            (a_q, scale_a), (b_q, scale_b) = (e4m3(*normal(num_rows, size)) for size in (out_features, in_features))
+            (a_q, scale_a), (b_q, scale_b) = (quantize_blocks(*normal(num_rows, size)) for size in (out_features, in_features))
             return a_q, b_q, scale_a, scale_b, torch.bfloat16
 
-        yield _matmul_case(scaled_mm_e4m3, "scaled_mm_e4m3", f"{out_features} x {in_features}: {num_rows}", operands)
+        yield _matmul_case(scaled_mm_blockwise, "scaled_mm_blockwise", f"{out_features} x {in_features}: {num_rows}", operands)
 
 
 def _matmul_case(module: Any, op: str, shape: str, operands: Callable[[], tuple[Any, ...]]) -> Case:
     """A matmul's rate, of its module's op and tuner."""
     sets = rotated(operands)
-    (num_rows, num_summed), num_columns, dtype = sets[0][0].shape, sets[0][1].shape[0], sets[0][0].dtype
+    (num_rows, num_summed), num_columns, blockwise = sets[0][0].shape, sets[0][1].shape[0], module is scaled_mm_blockwise
     out = torch.empty((num_rows, num_columns), dtype=torch.bfloat16, device="cuda")
-    at_least = bucket(num_rows) // 2 if dtype == torch.int8 else num_rows  # as the ops have it
+    at_least = num_rows if blockwise else bucket(num_rows) // 2  # as the ops have it
     return Case(
         op=op,
         shape=shape,
@@ -247,6 +260,6 @@ def _matmul_case(module: Any, op: str, shape: str, operands: Callable[[], tuple[
         operands=sets,
         run=getattr(torch.ops.swcompile, op).default,
         tuner=module.TUNER,
-        candidates=candidates(out.device, fits_tma(sets[0][0], sets[0][1], out), dtype, at_least, num_columns),
-        launch=partial(_launch_matmul, out=out),
+        candidates=candidates(out.device, fits_tma(sets[0][0], sets[0][1], out), at_least, num_columns, blockwise=blockwise),
+        launch=partial(_launch_matmul, out=out, blockwise=blockwise),
     )

@@ -27,7 +27,6 @@ from torch import nn
 
 import swcompile
 from swcompile.cost import device_rates
-from swcompile.kernels.formats import E4M3, INT8
 
 BASELINE = "torch.compile bf16"
 
@@ -137,7 +136,8 @@ class Route:
     step: Callable[[], None]
     decisions: list[swcompile.Decision] | None = None
     """About all matmuls, if the route is ours and has been compiled."""
-    is_ours: bool = False
+    recipe: swcompile.Recipe | None = None
+    """If the route is ours."""
 
 
 def make_route(workload: Workload, name: str, options: dict[str, Any], micro_batches: int) -> Route:
@@ -169,7 +169,7 @@ def make_route(workload: Workload, name: str, options: dict[str, Any], micro_bat
             for _ in range(micro_batches):
                 workload.loss(call).backward()
 
-    return Route(model, step, is_ours=recipe in swcompile.RECIPES)
+    return Route(model, step, recipe=swcompile.RECIPES[recipe]() if recipe in swcompile.RECIPES else None)
 
 
 def with_float8(model: nn.Module, recipe: str) -> nn.Module:
@@ -261,7 +261,7 @@ def measure(
         torch.cuda.synchronize()
         # What other routes keep (their copy of the model, the reference's gradients) does not count.
         rows[name]["GiB"] = (torch.cuda.max_memory_allocated() - before + own) / 2**30
-        if route.is_ours:
+        if route.recipe:
             route.decisions = swcompile.reports()[-1].decisions
             print(f"{name}: {swcompile.reports()[-1].summary()}", flush=True)
     times = defaultdict(list)
@@ -282,7 +282,7 @@ def measure(
     known = next((route.decisions for route in routes.values() if route.decisions), [])
     for name, route in routes.items():
         if not name.startswith("torchao"):  # whose matmuls nothing here has measured
-            floor = floor_ms(route.decisions or known, is_ours=route.is_ours)
+            floor = floor_ms(route.decisions or known, route.recipe)
             rows[name]["of floor"] = micro_batches * floor / rows[name]["ms"]
     base = rows.get(BASELINE)
     for row in rows.values():
@@ -291,20 +291,21 @@ def measure(
     return list(rows.values())
 
 
-def floor_ms(decisions: list[swcompile.Decision], *, is_ours: bool) -> float:
+def floor_ms(decisions: list[swcompile.Decision], recipe: swcompile.Recipe | None) -> float:
     """Milliseconds that the matmuls of linear layers take on this device, each at the rate of a large one in its format.
 
     Args:
         decisions: about all matmuls of the model, by one of our recipes.
-        is_ours: the formats are what was decided; if not, all in 16 bit.
+        recipe: by which the formats are what was decided; without one, all are in 16 bit.
     """
     seconds = 0.0
     device = torch.device("cuda", torch.cuda.current_device())
     for decision in decisions:
-        number_format = {"int8": INT8, "e4m3": E4M3}.get(decision.number_format or "") if is_ours else None
-        rates = device_rates(device, torch.bfloat16, number_format or INT8)
+        role = decision.role
+        gemm = recipe.format_of(role) if recipe and decision.rewritten and isinstance(role, swcompile.Role) else None
+        rates = device_rates(device, torch.bfloat16, gemm is not None and gemm.is_by_block)
         m, n, k = decision.shape
-        if decision.parameter is not None and number_format is None:
+        if decision.parameter is not None and gemm is None:
             seconds += 2 * m * n * k / rates.matmul + m * n * rates.output
         elif decision.parameter is not None:
             seconds += 2 * m * n * k / rates.quantized_matmul + m * n * rates.quantized_output

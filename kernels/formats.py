@@ -19,8 +19,6 @@ class NumberFormat:
     """Explicit mantissa bits; of an integer, all bits but the sign."""
     has_infinity: bool
     """True if the top exponent is kept for Inf and NaN (IEEE); False if at most its top code is NaN."""
-    oldest_capability: tuple[int, int]
-    """Compute capability from which on Triton's `tl.dot` multiplies it on tensor cores."""
 
     def __post_init__(self) -> None:
         bits = 1 + self.exponent_bits + self.mantissa_bits
@@ -56,11 +54,9 @@ class NumberFormat:
         return 1.0 if self.is_integer else 2.0 ** (1 - self.exponent_bias - self.mantissa_bits)
 
 
-INT8 = NumberFormat(name="int8", dtype=torch.int8, exponent_bits=0, mantissa_bits=7, has_infinity=False, oldest_capability=(8, 0))
-E4M3 = NumberFormat(
-    name="e4m3", dtype=torch.float8_e4m3fn, exponent_bits=4, mantissa_bits=3, has_infinity=False, oldest_capability=(8, 9)
-)
-E5M2 = NumberFormat(name="e5m2", dtype=torch.float8_e5m2, exponent_bits=5, mantissa_bits=2, has_infinity=True, oldest_capability=(8, 9))
+INT8 = NumberFormat(name="int8", dtype=torch.int8, exponent_bits=0, mantissa_bits=7, has_infinity=False)
+E4M3 = NumberFormat(name="e4m3", dtype=torch.float8_e4m3fn, exponent_bits=4, mantissa_bits=3, has_infinity=False)
+E5M2 = NumberFormat(name="e5m2", dtype=torch.float8_e5m2, exponent_bits=5, mantissa_bits=2, has_infinity=True)
 
 FORMATS = {number_format.name: number_format for number_format in (INT8, E4M3, E5M2)}
 """All formats by name."""

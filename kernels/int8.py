@@ -16,10 +16,13 @@ depends on subnormals, which some devices flush: an x below 2^-108 gives 0 eithe
 
 import torch
 
-from swcompile.kernels.formats import INT8, NumberFormat
+from swcompile.kernels.formats import INT8
 from swcompile.kernels.launch import tl, triton
 
 SMALLEST_ABSMAX = 2.0**-100
+BLOCK_ROWS = 1024
+"""Rows of a matrix that share a column's scale, where a matmul sums over rows: the largest power of two of which any sum of
+so many products of two int8 is an integer that float32 holds."""
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -32,6 +35,11 @@ def check_quantizer_input(op: str, x: torch.Tensor) -> None:
         )
     if x.dim() != 2:
         raise ValueError(f"{op}: x has {x.dim()} dimensions, but must have 2; flatten the leading ones first")
+
+
+def num_blocks(num_rows: int) -> int:
+    """Blocks of `BLOCK_ROWS` rows, the last of which may be shorter."""
+    return (num_rows + BLOCK_ROWS - 1) // BLOCK_ROWS
 
 
 def with_unit_inner_stride(x: torch.Tensor) -> torch.Tensor:
@@ -52,14 +60,12 @@ def absmax_reference(x: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:
     return x.abs().amax(dim, keepdim=True).float()
 
 
-def scale_and_inverse_reference(
-    absmax: torch.Tensor, number_format: NumberFormat = INT8
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale, inverse) of float32 `absmax`, any shape; another format has its own largest value in the place of 127."""
+def scale_and_inverse_reference(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, inverse) of float32 `absmax`, any shape."""
     finite = absmax.isfinite()
     absmax = absmax.clamp(min=SMALLEST_ABSMAX)
     # A tensor, not a number: CUDA divides by a number by multiplying with its rounded reciprocal.
-    max_value = torch.full_like(absmax, number_format.max_value)
+    max_value = torch.full_like(absmax, INT8.max_value)
     scale = torch.where(finite, absmax / max_value, torch.nan)
     return scale, inverse_reference(scale)
 
@@ -104,12 +110,12 @@ def magnitude_bits(x):
 
 
 @triton.jit
-def scale_and_inverse(absmax_bits, MAX_VALUE: tl.constexpr = _MAX_VALUE):
+def scale_and_inverse(absmax_bits):
     """(scale, inverse) of the maximum of `magnitude_bits`; an inverse of 0 marks a maximum that is not finite."""
     finite = absmax_bits < _INFINITY_BITS
     absmax = tl.where(finite, absmax_bits, 0).to(tl.float32, bitcast=True)
     absmax = tl.maximum(absmax, _SMALLEST_ABSMAX)
-    max_value = tl.full(absmax.shape, MAX_VALUE, tl.float32)
+    max_value = tl.full(absmax.shape, _MAX_VALUE, tl.float32)
     nan = tl.full(absmax.shape, _NAN_BITS, tl.int32).to(tl.float32, bitcast=True)
     scale = tl.where(finite, tl.div_rn(absmax, max_value), nan)
     return scale, inverse_of(scale)

@@ -11,8 +11,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch._C._dynamo import guards
 
-from swcompile.kernels.formats import INT8, NumberFormat
-
 MISSING_TRITON = (
     "swcompile's CUDA kernels need Triton 3.6 or later, and `import triton` failed. "
     "Install it with `pip install triton`, or run the model on the CPU."
@@ -44,7 +42,8 @@ except ImportError:
 INTERPRETED = bool(HAS_TRITON and triton.knobs.runtime.interpret)
 """True when TRITON_INTERPRET=1 was set before import: kernels then run on CPU tensors, slowly, for tests."""
 
-_ARCHITECTURES = {(8, 0): "Ampere", (8, 9): "Ada"}
+OLDEST_CAPABILITY = (8, 0)
+"""Compute capability from which on Triton's `tl.dot` multiplies int8 on tensor cores."""
 
 
 class DeviceFacts(NamedTuple):
@@ -93,26 +92,16 @@ def resident_programs(compiled: Any, num_warps: int, device: torch.device) -> in
 
 
 @cache
-def require_supported_gpu(index: int, number_format: NumberFormat = INT8) -> None:
-    """Raise `RuntimeError` naming the GPU and the way out if the kernels of a number format cannot run on it.
-
-    Args:
-        index: of the CUDA device.
-        number_format: what its tensor cores are to multiply.
-    """
+def require_supported_gpu(index: int) -> None:
+    """Raise `RuntimeError` naming the GPU and the way out if the kernels cannot run on CUDA device `index`."""
     if not HAS_TRITON:
         raise RuntimeError(MISSING_TRITON)
     facts = device_facts(torch.device("cuda", index))
-    oldest = number_format.oldest_capability
-    if facts.capability < oldest:
-        wanted, found = (".".join(map(str, capability)) for capability in (oldest, facts.capability))
-        if number_format == INT8:
-            way_out = "compile the model with the default backend"
-        else:
-            way_out = "use a recipe in int8, such as switchback"
+    if facts.capability < OLDEST_CAPABILITY:
+        found = ".".join(map(str, facts.capability))
         raise RuntimeError(
-            f"swcompile's {number_format.name} kernels need compute capability {wanted} ({_ARCHITECTURES[oldest]}) or later; "
-            f"{facts.name} (cuda:{index}) has {found}. Run on a newer GPU, or {way_out}."
+            "swcompile's int8 kernels need compute capability 8.0 (Ampere) or later; "
+            f"{facts.name} (cuda:{index}) has {found}. Run on a newer GPU, or compile the model with the default backend."
         )
 
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from swcompile.kernels.formats import INT8, NumberFormat
 from swcompile.kernels.launch import require_supported_gpu
 
 LIBRARY = torch.library.Library("swcompile", "DEF")
@@ -32,22 +31,21 @@ def define_op(
     reference: Callable[..., Any],
     cuda: Callable[..., Any],
     fake: Callable[..., Any],
-    number_format: NumberFormat = INT8,
 ) -> torch._ops.OpOverload:
     """Define `swcompile::<schema>` and return its overload, which is both callable and a graph node's target.
 
     `reference` is the CPU implementation, `cuda` launches the Triton kernel, `fake` infers shapes only (sizes
     may be symbolic). The first argument of all three is a tensor on the device where the op runs, or a list of such.
-    A GPU without tensor cores for `number_format` is an error.
+    A GPU without int8 tensor cores is an error.
     """
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     LIBRARY.impl(name, reference, "CPU")
-    LIBRARY.impl(name, _on_device_of_first_argument(cuda, number_format), "CUDA")
+    LIBRARY.impl(name, _on_device_of_first_argument(cuda), "CUDA")
     torch.library.register_fake(f"swcompile::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.swcompile, name).default
 
 
-def _on_device_of_first_argument(function: Callable[..., Any], number_format: NumberFormat) -> Callable[..., Any]:
+def _on_device_of_first_argument(function: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device: make that the tensor's, and check that its GPU can run the kernel."""
 
     supported: set[int] = set()
@@ -56,7 +54,7 @@ def _on_device_of_first_argument(function: Callable[..., Any], number_format: Nu
     def run(first: Any, *rest: Any) -> Any:
         index = (first if isinstance(first, torch.Tensor) else first[0]).get_device()
         if index not in supported:
-            require_supported_gpu(index, number_format)
+            require_supported_gpu(index)
             supported.add(index)
         if index == torch.cuda.current_device():
             return function(first, *rest)

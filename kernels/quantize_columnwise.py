@@ -1,24 +1,17 @@
 # mypy: allow-untyped-defs
-"""Column-wise quantisation with a transpose, to int8 and to e4m3. Shapes: N rows, K columns, one scale a column.
-
-Rows are what a grad_weight matmul sums over; P is their number rounded up to a multiple of 16.
-"""
+"""Column-wise int8 quantisation with a transpose. Shapes: N rows, K columns, one scale a column."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from swcompile.kernels import e4m3, int8
-from swcompile.kernels.e4m3 import round_to_e4m3
-from swcompile.kernels.formats import E4M3, INT8
+from swcompile.kernels import int8
 from swcompile.kernels.int8 import (
-    absmax_reference,
     check_quantizer_input,
     magnitude_bits,
     round_to_int8,
     scale_and_inverse,
-    scale_and_inverse_reference,
     store_tile,
     with_unit_inner_stride,
 )
@@ -46,41 +39,6 @@ def quantize_columnwise_transpose(x_NK: torch.Tensor) -> tuple[torch.Tensor, tor
     return QUANTIZE_COLUMNWISE_TRANSPOSE(x_NK)
 
 
-def quantize_columnwise_transpose_e4m3(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_columnwise_transpose` to float8_e4m3fn, whose range leaves small values of a column some bits.
-
-    An operand of an 8-bit grad_weight: a token that is much larger than the others costs them nothing in this format,
-    where in int8 it takes their bits away.
-
-    Args:
-        x_NK: [N, K] bfloat16, float16 or float32, any strides.
-
-    Returns:
-        x_q [K, P] float8_e4m3fn, contiguous, with zeros from N to P, as tensor cores want multiples of 16; and scale
-        [K, 1] float32. A column with a NaN or Inf gets scale NaN.
-
-    Raises:
-        ValueError: x is of another dtype, or not a matrix.
-        RuntimeError: on a GPU older than compute capability 8.9.
-    """
-    return QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3(x_NK)
-
-
-def quantize_columnwise_transpose_e4m3_reference(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_columnwise_transpose_e4m3` in plain PyTorch, bit for bit."""
-    check_quantizer_input("quantize_columnwise_transpose_e4m3", x_NK)
-    scale_1K, inverse_1K = scale_and_inverse_reference(absmax_reference(x_NK, (0,)), E4M3)
-    x_q_KN = e4m3.round_reference(x_NK, inverse_1K).t()
-    x_q_KP = x_q_KN.new_zeros((x_q_KN.shape[0], padded(x_NK.shape[0])))
-    x_q_KP[:, : x_NK.shape[0]] = x_q_KN
-    return x_q_KP, scale_1K.t().contiguous()
-
-
-def padded(num_rows: int) -> int:
-    """P: the number of rows, rounded up to a multiple of 16."""
-    return (num_rows + 15) // 16 * 16
-
-
 def quantize_columnwise_transpose_reference(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_columnwise_transpose` in plain PyTorch, bit for bit."""
     return quantize_rowwise_reference(x_NK.t())
@@ -98,48 +56,33 @@ def quantize_columnwise_transpose_work(num_rows: int, num_columns: int, itemsize
 def quantize_columnwise_transpose_triton(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_columnwise_transpose` by the Triton kernel: what the op does on CUDA."""
     check_quantizer_input("quantize_columnwise_transpose", x_NK)
-    num_rows = x_NK.shape[0]
-    if (x_NK.stride(0) == 1 and x_NK.stride(1) != 1) or num_rows == 0:  # stored as its transpose
+    if (x_NK.stride(0) == 1 and x_NK.stride(1) != 1) or x_NK.shape[0] == 0:  # stored as its transpose
         return quantize_rowwise_triton(x_NK.t())
-    return _quantize(with_unit_inner_stride(x_NK), num_rows, torch.int8)
-
-
-def quantize_columnwise_transpose_e4m3_triton(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_columnwise_transpose_e4m3` by the Triton kernel: what the op does on CUDA."""
-    check_quantizer_input("quantize_columnwise_transpose_e4m3", x_NK)
-    num_rows, num_columns = x_NK.shape
-    if num_rows == 0:
-        x_q_KP = empty((num_columns, 0), E4M3.dtype, x_NK.device)
-        return x_q_KP, scale_and_inverse_reference(x_NK.new_zeros((num_columns, 1), dtype=torch.float32), E4M3)[0]
-    return _quantize(with_unit_inner_stride(x_NK), padded(num_rows), E4M3.dtype)
-
-
-def _quantize(x_NK: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """x transposed and quantised, [K, width], and its scale [K, 1]."""
-    launch = PLANS.find([x_NK], width, dtype)
-    outputs = _empty_outputs(x_NK, width, dtype)
+    x_NK = with_unit_inner_stride(x_NK)
+    launch = PLANS.find([x_NK])
+    outputs = _empty_outputs(x_NK)
     launch(x_NK, *outputs)
     return outputs
 
 
-def _empty_outputs(x_NK: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    num_columns = x_NK.shape[1]
-    x_q = empty((num_columns, width), dtype, x_NK.device)
+def _empty_outputs(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    num_rows, num_columns = x_NK.shape
+    x_q = empty((num_columns, num_rows), torch.int8, x_NK.device)
     return x_q, empty((num_columns, 1), torch.float32, x_NK.device)
 
 
-def _prepare(x_NK: torch.Tensor, width: int, dtype: torch.dtype) -> Callable[..., None]:
+def _prepare(x_NK: torch.Tensor) -> Callable[..., None]:
     """Launches the kernel on (x, x_q, scale)."""
     num_rows, num_columns = x_NK.shape
     if not num_columns:
         return nothing
-    outputs = _empty_outputs(x_NK, width, dtype)
+    outputs = _empty_outputs(x_NK)
 
     def run(config: ColumnConfig) -> None:
-        launcher(config, x_NK, outputs[0])(x_NK, *outputs)
+        launcher(config, x_NK)(x_NK, *outputs)
 
-    key = (bucket(num_rows), num_columns, x_NK.dtype, dtype)
-    return launcher(TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device), x_NK, outputs[0])
+    key = (bucket(num_rows), num_columns, x_NK.dtype)
+    return launcher(TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device), x_NK)
 
 
 PLANS = Plans(_prepare)
@@ -164,24 +107,22 @@ _LEAD = 2
 """How many items the first pass is ahead, for each multiprocessor: enough that few programs wait, few enough for the L2 cache."""
 
 
-def launcher(config: ColumnConfig, x_NK: torch.Tensor, x_q: torch.Tensor) -> Callable[..., None]:
-    """Launches the kernel on (x, x_q, scale) in the given configuration; x_q is int8 [K, N] or float8_e4m3fn [K, P]."""
+def launcher(config: ColumnConfig, x_NK: torch.Tensor) -> Callable[..., None]:
+    """Launches the kernel on (x, x_q, scale) in the given configuration."""
     num_rows, num_columns = x_NK.shape
-    spans = triton.cdiv(x_q.shape[1], config.rows * config.tiles)
+    spans = triton.cdiv(num_rows, config.rows * config.tiles)
     blocks = triton.cdiv(num_columns, config.columns)
     lead = min(spans + _LEAD * device_facts(x_NK.device).num_multiprocessors, spans * blocks)
     kernel = Launcher(
         _quantize_columns_kernel,
         (2 * spans * blocks,),
         num_rows,
-        x_q.shape[1],
         num_columns,
         x_NK.stride(0),
         lead,
         BLOCK_N=config.rows,
         BLOCK_K=config.columns,
         TILES=config.tiles,
-        E4M3=x_q.dtype != torch.int8,
         num_warps=config.num_warps,
         enable_fp_fusion=False,
     )
@@ -193,9 +134,6 @@ def launcher(config: ColumnConfig, x_NK: torch.Tensor, x_q: torch.Tensor) -> Cal
     return launch
 
 
-_INT8_MAX_VALUE = tl.constexpr(INT8.max_value)
-
-
 @triton.jit(do_not_specialize=["lead"])
 def _quantize_columns_kernel(
     x_ptr,
@@ -203,14 +141,12 @@ def _quantize_columns_kernel(
     x_q_ptr,
     scale_ptr,
     num_rows,
-    num_padded,
     num_columns,
     x_stride,
     lead,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILES: tl.constexpr,
-    E4M3: tl.constexpr,
 ):
     """A program finds the column maxima of an item, or rounds it: a second pass that finds x in the L2 cache.
 
@@ -219,7 +155,7 @@ def _quantize_columns_kernel(
     `meeting`: how many programs have started, how many items of each block have their maxima, and the maxima, as
     `magnitude_bits`.
     """
-    spans = tl.cdiv(num_padded, BLOCK_N * TILES)
+    spans = tl.cdiv(num_rows, BLOCK_N * TILES)
     blocks = tl.cdiv(num_columns, BLOCK_K)
     num_items = spans * blocks
     ticket = tl.atomic_add(meeting_ptr, 1, sem="relaxed")
@@ -246,19 +182,18 @@ def _quantize_columns_kernel(
         while tl.atomic_add(finished, 0, sem="acquire") < spans:
             pass
         bits = tl.load(magnitudes, mask=column_mask, other=0)
-        scale, inverse = scale_and_inverse(bits, e4m3.MAX_VALUE if E4M3 else _INT8_MAX_VALUE)
+        scale, inverse = scale_and_inverse(bits)
         if start == 0:
             tl.store(scale_ptr + columns, scale, mask=column_mask)
         for tile in range(TILES):
             rows = start + tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
             mask = (rows < num_rows)[:, None] & column_mask[None, :]
             x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask, other=0.0)
-            x_q = round_to_e4m3(x, inverse[None, :]) if E4M3 else round_to_int8(x, inverse[None, :])
-            stored = (rows < num_padded)[:, None] & column_mask[None, :]
-            store_tile(x_q, None, x_q_ptr, rows, columns, num_padded, num_columns, stored, False, True)
+            x_q = round_to_int8(x, inverse[None, :])
+            store_tile(x_q, None, x_q_ptr, rows, columns, num_rows, num_columns, mask, False, True)
 
 
-TUNER: Tuner[ColumnConfig] = Tuner("quantize_columnwise_transpose", [__file__, int8.__file__, e4m3.__file__])
+TUNER: Tuner[ColumnConfig] = Tuner("quantize_columnwise_transpose", [__file__, int8.__file__])
 
 
 def _fake(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -275,22 +210,4 @@ QUANTIZE_COLUMNWISE_TRANSPOSE = define_op(
     reference=quantize_columnwise_transpose_reference,
     cuda=quantize_columnwise_transpose_triton,
     fake=_fake,
-)
-
-
-def _fake_e4m3(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    check_quantizer_input("quantize_columnwise_transpose_e4m3", x_NK)
-    num_rows, num_columns = x_NK.shape
-    return (
-        x_NK.new_empty((num_columns, padded(num_rows)), dtype=E4M3.dtype),
-        x_NK.new_empty((num_columns, 1), dtype=torch.float32),
-    )
-
-
-QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3 = define_op(
-    "quantize_columnwise_transpose_e4m3(Tensor x) -> (Tensor, Tensor)",
-    reference=quantize_columnwise_transpose_e4m3_reference,
-    cuda=quantize_columnwise_transpose_e4m3_triton,
-    fake=_fake_e4m3,
-    number_format=E4M3,
 )

@@ -70,14 +70,17 @@ def scaled_mm_reference(
 
 
 def scaled_mm_work(
-    num_rows: int, num_columns: int, num_summed: int, out_itemsize: int, *, num_scales_b: int = 1
+    num_rows: int, num_columns: int, num_summed: int, out_itemsize: int, *, num_scales: int | None = None
 ) -> Work:
-    """M * N * K int8 multiply-adds; both operands and the scales read once, the result written once (M, N, K order)."""
-    flops = 2 * num_rows * num_columns * num_summed
+    """M * N * K multiply-adds; both operands and the scales read once, the result written once (M, N, K order).
+
+    Where the number of scales is not given it is one for each row of A, and one for B.
+    """
     operands = (num_rows + num_columns) * num_summed
+    scales = num_rows + 1 if num_scales is None else num_scales
     return Work(
-        flops=flops,
-        bytes=operands + num_rows * num_columns * out_itemsize + 4 * (num_rows + num_scales_b),
+        flops=2 * num_rows * num_columns * num_summed,
+        bytes=operands + num_rows * num_columns * out_itemsize + 4 * scales,
     )
 
 
@@ -126,8 +129,8 @@ def _prepare(
     tma_fits = fits_tma(a_q_MK, b_q_NK, out_MN)
     flags = (bias_N is not None, scale_b.numel() > 1, tma_fits)
     key = (bucket(num_rows), num_columns, num_summed, out_dtype, *flags)
-    device, dtype = a_q_MK.device, a_q_MK.dtype
-    config = TUNER.choose(key, lambda: candidates(device, tma_fits, dtype, bucket(num_rows) // 2, num_columns), run, device)
+    device = a_q_MK.device
+    config = TUNER.choose(key, lambda: candidates(device, tma_fits, bucket(num_rows) // 2, num_columns), run, device)
     return launcher(config, *operands, out_MN)
 
 

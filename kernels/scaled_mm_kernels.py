@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs
-"""Two Triton kernels of `scaled_mm` and `scaled_mm_e4m3`, and which configurations of all kernels there are.
+"""Two Triton kernels of `scaled_mm` and `scaled_mm_blockwise`, and which configurations of all kernels there are.
 
-What the ops mean, check and promise stands in `scaled_mm.py` and `scaled_mm_e4m3.py`; the third kernel, which int8 and
-e4m3 have each their own of, in `scaled_mm_wgmma.py` and `scaled_mm_e4m3_wgmma.py`.
+What the ops mean, check and promise stands in `scaled_mm.py` and `scaled_mm_blockwise.py`; the third kernel, which they
+have each their own of, in `scaled_mm_wgmma.py` and `scaled_mm_blockwise_wgmma.py`.
 Shapes: M rows of A, N rows of B, K the summed dimension.
 """
 
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from swcompile.kernels.int8 import BLOCK_ROWS
 from swcompile.kernels.launch import INTERPRETED, Described, Launcher, device_facts, tl, triton
 
 
@@ -63,13 +64,6 @@ TMA_CANDIDATES = [
     MatmulConfig("tma", 64, 128, 128, 4, 4, num_stores=1, programs_each=2),
     MatmulConfig("tma", 64, 64, 128, 4, 6, num_stores=1, programs_each=2),
 ]
-HOPPER_E4M3_CANDIDATES = [
-    MatmulConfig("wgmma", 128, 192, 128, 4, 4, lead=1),
-    MatmulConfig("wgmma", 128, 192, 128, 4, 4, group_m=16, lead=0),
-    MatmulConfig("wgmma", 128, 192, 128, 4, 3, lead=1),
-    *(config for config in TMA_CANDIDATES if config.block_m * config.block_n <= 128 * 128),
-]
-"""192 columns, and smaller tiles. For float32 results there is room for three stages."""
 POINTER_CANDIDATES = [
     MatmulConfig("pointers", 128, 128, 64, 4, 3),
     MatmulConfig("pointers", 128, 256, 128, 8, 3),
@@ -82,9 +76,24 @@ POINTER_CANDIDATES = [
 ]
 
 
+def _has_two_sums(config: MatmulConfig) -> bool:
+    """Whether a thread has registers for two sums of each of its elements: that of a block, and that of all blocks."""
+    return config.block_m * config.block_n <= 64 * 32 * config.num_warps
+
+
+HOPPER_BLOCKWISE_CANDIDATES = [
+    MatmulConfig("wgmma", 128, 192, 128, 4, 4, lead=1),
+    MatmulConfig("wgmma", 128, 192, 128, 4, 4, group_m=16, lead=0),
+    MatmulConfig("wgmma", 128, 192, 128, 4, 3, lead=1),
+]
+"""Of 192 columns. For float32 results there is room for three stages."""
+TMA_BLOCKWISE_CANDIDATES = [config for config in TMA_CANDIDATES if _has_two_sums(config)]
+POINTER_BLOCKWISE_CANDIDATES = [config for config in POINTER_CANDIDATES if _has_two_sums(config)]
+
+
 @cache
 def candidates(
-    device: torch.device, tma_fits: bool, dtype: torch.dtype, num_rows: int, num_columns: int
+    device: torch.device, tma_fits: bool, num_rows: int, num_columns: int, *, blockwise: bool = False
 ) -> list[MatmulConfig]:
     """What to choose among on a device for a result of this size, or of so many rows at least.
 
@@ -94,16 +103,18 @@ def candidates(
     Args:
         device: where.
         tma_fits: the answer of `fits_tma` for the operands.
-        dtype: of the operands.
         num_rows: M.
         num_columns: N.
+        blockwise: for `scaled_mm_blockwise`.
     """
-    if not tma_fits:
+    if blockwise:
+        configs = TMA_BLOCKWISE_CANDIDATES if tma_fits else POINTER_BLOCKWISE_CANDIDATES
+        if tma_fits and has_wgmma(device):
+            configs = HOPPER_BLOCKWISE_CANDIDATES + configs
+    elif not tma_fits:
         configs = POINTER_CANDIDATES
-    elif not has_wgmma(device):
-        configs = TMA_CANDIDATES
     else:
-        configs = HOPPER_CANDIDATES if dtype == torch.int8 else HOPPER_E4M3_CANDIDATES
+        configs = HOPPER_CANDIDATES if has_wgmma(device) else TMA_CANDIDATES
     many = _MANY_TILES * device_facts(device).num_multiprocessors
     is_large = triton.cdiv(num_rows, 128) * triton.cdiv(num_columns, 128) >= many
     return [config for config in configs if config.block_m * config.block_n >= 128 * 128 or not is_large]
@@ -138,10 +149,12 @@ def launcher(
     config: MatmulConfig,
     a_q_MK: torch.Tensor,
     b_q_NK: torch.Tensor,
-    scale_a_M1: torch.Tensor,
+    scale_a: torch.Tensor,
     scale_b: torch.Tensor,
     bias_N: torch.Tensor | None,
     out_MN: torch.Tensor,
+    *,
+    blockwise: bool = False,
 ) -> Callable[..., None]:
     """Launches one of the kernels in the given configuration on contiguous operands like these, given in this order."""
     (num_rows, num_summed), num_columns = a_q_MK.shape, b_q_NK.shape[0]
@@ -149,10 +162,10 @@ def launcher(
     if config.kernel != "pointers":
         num_multiprocessors = device_facts(a_q_MK.device).num_multiprocessors
         num_programs = min(num_programs, config.programs_each * num_multiprocessors)
-    if config.kernel == "wgmma" and a_q_MK.dtype != torch.int8:
-        from swcompile.kernels.scaled_mm_e4m3_wgmma import e4m3_wgmma_launcher
+    if config.kernel == "wgmma" and blockwise:
+        from swcompile.kernels.scaled_mm_blockwise_wgmma import blockwise_wgmma_launcher
 
-        return e4m3_wgmma_launcher(config, num_programs, a_q_MK, b_q_NK)
+        return blockwise_wgmma_launcher(config, num_programs, a_q_MK, b_q_NK)
     if config.kernel == "wgmma":
         from swcompile.kernels.scaled_mm_wgmma import wgmma_launcher
 
@@ -170,7 +183,7 @@ def launcher(
         GROUP_M=config.group_m,
         HAS_BIAS=bias_N is not None,
         SCALE_PER_COLUMN=scale_b.numel() > 1,
-        E4M3=a_q_MK.dtype != torch.int8,
+        BLOCKWISE=blockwise,
         **({"NUM_STORES": config.num_stores} if is_tma else {}),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -205,35 +218,29 @@ def _tile_start(
 
 
 @triton.jit
-def _scale(
+def _scaled(
     acc,
-    scale_a,
+    scale_a_ptr,
     scale_b_ptr,
     bias_ptr,
+    rows,
     columns,
+    num_rows,
     num_columns,
     HAS_BIAS: tl.constexpr,
     PER_COLUMN: tl.constexpr,
 ):
-    """The epilogue, in float32: ``(acc * scale_a) * scale_b + bias`` for a tile of these columns."""
+    """In float32: ``(acc * scale_a) * scale_b + bias`` for a tile."""
     mask = columns < num_columns
-    scale_b = (
-        tl.load(scale_b_ptr + columns, mask=mask, other=0.0)[None, :] if PER_COLUMN else tl.load(scale_b_ptr)
-    )
+    scale_a = tl.load(scale_a_ptr + rows, mask=rows < num_rows, other=0.0)
+    scale_b = tl.load(scale_b_ptr + columns, mask=mask, other=0.0)[None, :] if PER_COLUMN else tl.load(scale_b_ptr)
     out = (acc.to(tl.float32) * scale_a[:, None]) * scale_b
     if HAS_BIAS:
         out += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
     return out
 
 
-@triton.jit
-def _multiply(a, b, acc, E4M3: tl.constexpr):
-    """``acc + a @ b``, exact in int32; of e4m3, whose products Hopper adds in 14 bits, each step's sum in float32."""
-    if E4M3:
-        acc = tl.dot(a, b, acc, max_num_imprecise_acc=a.shape[1], out_dtype=tl.float32)
-    else:
-        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
-    return acc
+_BLOCK_ROWS = tl.constexpr(BLOCK_ROWS)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -253,42 +260,44 @@ def _tma_kernel(
     GROUP_M: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SCALE_PER_COLUMN: tl.constexpr,
-    E4M3: tl.constexpr,
+    BLOCKWISE: tl.constexpr,
     NUM_STORES: tl.constexpr,
 ):
     num_tiles = tl.cdiv(num_rows, BLOCK_M) * tl.cdiv(num_columns, BLOCK_N)
     # Flattened with the loop over K, so that a tile's first operands are fetched while the last one is stored.
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=not BLOCKWISE):
         row, column = _tile_start(tile, num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP_M)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if E4M3 else tl.int32)
-        for k in range(0, num_summed, BLOCK_K):
-            acc = _multiply(a_desc.load([row, k]), b_desc.load([column, k]).T, acc, E4M3)
         rows = row + tl.arange(0, BLOCK_M)
-        scale_a = tl.load(scale_a_ptr + rows, mask=rows < num_rows, other=0.0)
-        WIDTH: tl.constexpr = BLOCK_N // NUM_STORES
-        columns = column + tl.arange(0, WIDTH)
-        if NUM_STORES == 1:
-            out = _scale(
-                acc, scale_a, scale_b_ptr, bias_ptr, columns, num_columns, HAS_BIAS, SCALE_PER_COLUMN
-            )
-            out_desc.store([row, column], out.to(out_desc.dtype))
+        if BLOCKWISE:
+            columns = column + tl.arange(0, BLOCK_N)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for start in range(0, num_summed, _BLOCK_ROWS):
+                part = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+                for k in range(start, min(start + _BLOCK_ROWS, num_summed), BLOCK_K):
+                    part = tl.dot(a_desc.load([row, k]), b_desc.load([column, k]).T, part, out_dtype=tl.int32)
+                block = start // _BLOCK_ROWS
+                acc += _scaled(
+                    part, scale_a_ptr + block * num_rows, scale_b_ptr + block * num_columns, None, rows, columns, num_rows,
+                    num_columns, False, True,
+                )  # fmt: skip
         else:
-            left, right = tl.split(acc.reshape(BLOCK_M, 2, WIDTH).permute(0, 2, 1))
-            out = _scale(
-                left, scale_a, scale_b_ptr, bias_ptr, columns, num_columns, HAS_BIAS, SCALE_PER_COLUMN
-            )
-            out_desc.store([row, column], out.to(out_desc.dtype))
-            out = _scale(
-                right,
-                scale_a,
-                scale_b_ptr,
-                bias_ptr,
-                columns + WIDTH,
-                num_columns,
-                HAS_BIAS,
-                SCALE_PER_COLUMN,
-            )
-            out_desc.store([row, column + WIDTH], out.to(out_desc.dtype))
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+            for k in range(0, num_summed, BLOCK_K):
+                acc = tl.dot(a_desc.load([row, k]), b_desc.load([column, k]).T, acc, out_dtype=tl.int32)
+        WIDTH: tl.constexpr = BLOCK_N // NUM_STORES
+        if NUM_STORES == 1:
+            parts = (acc,)
+        else:
+            parts = tl.split(acc.reshape(BLOCK_M, 2, WIDTH).permute(0, 2, 1))
+        for index in tl.static_range(NUM_STORES):
+            out = parts[index]
+            if not BLOCKWISE:
+                columns = column + index * WIDTH + tl.arange(0, WIDTH)
+                out = _scaled(
+                    out, scale_a_ptr, scale_b_ptr, bias_ptr, rows, columns, num_rows, num_columns, HAS_BIAS,
+                    SCALE_PER_COLUMN,
+                )  # fmt: skip
+            out_desc.store([row, column + index * WIDTH], out.to(out_desc.dtype))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -308,25 +317,44 @@ def _pointer_kernel(
     GROUP_M: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SCALE_PER_COLUMN: tl.constexpr,
-    E4M3: tl.constexpr,
+    BLOCKWISE: tl.constexpr,
 ):
     row, column = _tile_start(tl.program_id(0), num_rows, num_columns, BLOCK_M, BLOCK_N, GROUP_M)
     rows = row + tl.arange(0, BLOCK_M)
     columns = column + tl.arange(0, BLOCK_N)
-    summed = tl.arange(0, BLOCK_K)
     # Rows and columns beyond the last wrap around: what they compute is not stored.
-    a_ptrs = a_ptr + (rows % num_rows).to(tl.int64)[:, None] * num_summed + summed[None, :]
-    b_ptrs = b_ptr + (columns % num_columns).to(tl.int64)[None, :] * num_summed + summed[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if E4M3 else tl.int32)
-    for k in range(0, num_summed, BLOCK_K):
-        mask = summed < num_summed - k
-        a = tl.load(a_ptrs, mask=mask[None, :], other=0.0 if E4M3 else 0)
-        b = tl.load(b_ptrs, mask=mask[:, None], other=0.0 if E4M3 else 0)
-        acc = _multiply(a, b, acc, E4M3)
-        a_ptrs += BLOCK_K
-        b_ptrs += BLOCK_K
-    scale_a = tl.load(scale_a_ptr + rows, mask=rows < num_rows, other=0.0)
-    out = _scale(acc, scale_a, scale_b_ptr, bias_ptr, columns, num_columns, HAS_BIAS, SCALE_PER_COLUMN)
+    a_rows = a_ptr + (rows % num_rows).to(tl.int64)[:, None] * num_summed
+    b_columns = b_ptr + (columns % num_columns).to(tl.int64)[None, :] * num_summed
+    if BLOCKWISE:
+        out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, num_summed, _BLOCK_ROWS):
+            part = _sum(a_rows, b_columns, start, min(start + _BLOCK_ROWS, num_summed), BLOCK_M, BLOCK_N, BLOCK_K)
+            block = start // _BLOCK_ROWS
+            out += _scaled(
+                part, scale_a_ptr + block * num_rows, scale_b_ptr + block * num_columns, None, rows, columns, num_rows,
+                num_columns, False, True,
+            )  # fmt: skip
+    else:
+        acc = _sum(a_rows, b_columns, 0, num_summed, BLOCK_M, BLOCK_N, BLOCK_K)
+        out = _scaled(
+            acc, scale_a_ptr, scale_b_ptr, bias_ptr, rows, columns, num_rows, num_columns, HAS_BIAS, SCALE_PER_COLUMN
+        )
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
     mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum(a_rows, b_columns, start, end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The products of elements `start` to `end` of the rows and columns at these pointers, added in int32."""
+    summed = start + tl.arange(0, BLOCK_K)
+    a_ptrs, b_ptrs = a_rows + summed[None, :], b_columns + summed[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for k in range(start, end, BLOCK_K):
+        mask = tl.arange(0, BLOCK_K) < end - k
+        a = tl.load(a_ptrs, mask=mask[None, :], other=0)
+        b = tl.load(b_ptrs, mask=mask[:, None], other=0)
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+        a_ptrs += BLOCK_K
+        b_ptrs += BLOCK_K
+    return acc

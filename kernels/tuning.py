@@ -1,7 +1,6 @@
 """Choice of a kernel's configuration: timed once on the device, remembered in the process and on disk.
 
-Every configuration of an int8 kernel gives the same bits, so a choice changes time only: ranks of one job may choose apart.
-Sums of e4m3 differ in their last bits.
+Every configuration of a kernel gives the same bits, so a choice changes time only: ranks of one job may choose apart.
 """
 
 import contextlib

@@ -69,8 +69,8 @@ def switchback(
     _check_patterns(recipe, gm, names)
     devices = {value.device for value in example_inputs if isinstance(value, torch.Tensor)}
     for device in devices:
-        for number_format in recipe.number_formats if device.type == "cuda" else ():
-            require_supported_gpu(device.index, number_format)
+        if device.type == "cuda":
+            require_supported_gpu(device.index)
     passes = joint_passes(recipe, is_whole=is_whole(gm))
     joint_pass = JointPass(
         passes,
@@ -95,7 +95,7 @@ def switchback(
 def _cost_identity(gm: fx.GraphModule, inputs: Sequence[Any], names: Iterable[int], recipe: Recipe) -> str:
     """What the cost rule's decisions rest on, besides the graph: the devices' rates, and hints of symbolic sizes."""
     devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
-    rates = rates_fingerprint(devices, _dtypes(gm, devices, names), recipe.number_formats)
+    rates = rates_fingerprint(devices, _dtypes(gm, devices, names), by_block=recipe.grad_weight is not None and recipe.grad_weight.is_by_block)
     return repr((rates, size_buckets(_symbolic(gm, inputs))))
 
 

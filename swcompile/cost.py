@@ -19,12 +19,15 @@ from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from swcompile.graph import Matmul, hint
-from swcompile.kernels.formats import INT8, NumberFormat
+from swcompile.kernels.int8 import num_blocks
 from swcompile.kernels.library import Work
 from swcompile.kernels.measurements import MeasurementFile
+from swcompile.kernels.quantize_blockwise import (
+    QUANTIZE_BLOCKWISE_TRANSPOSE,
+    quantize_blockwise_transpose_work,
+)
 from swcompile.kernels.quantize_columnwise import (
     QUANTIZE_COLUMNWISE_TRANSPOSE,
-    QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3,
     quantize_columnwise_transpose_work,
 )
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE, quantize_rowwise_work
@@ -35,7 +38,7 @@ from swcompile.kernels.quantize_tensorwise import (
     quantize_tensorwise_work,
 )
 from swcompile.kernels.scaled_mm import SCALED_MM, scaled_mm_work
-from swcompile.kernels.scaled_mm_e4m3 import SCALED_MM_E4M3
+from swcompile.kernels.scaled_mm_blockwise import SCALED_MM_BLOCKWISE
 from swcompile.kernels.timing import intervals_ms
 from swcompile.kernels.tuning import bucket, run_together
 from swcompile.pipeline import source_fingerprint
@@ -49,20 +52,20 @@ MIN_SPEEDUP = 1.03
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceRates:
-    """What one device gives in one dtype, and with one 8-bit format in its place: measured on it."""
+    """What one device gives in one dtype, and in int8 with scales of one kind in its place: measured on it."""
 
     matmul: float
     """Rate at which a large matmul in the model's own dtype sums, FLOP/s."""
     output: float
     """Seconds that it spends on each element of its result besides, at least: it stores little of it while it sums."""
     quantized_matmul: float
-    """Rate at which a large `scaled_mm`, or its like for the format, sums, OP/s."""
+    """Rate at which a large `scaled_mm`, or `scaled_mm_blockwise`, sums, OP/s."""
     quantized_output: float
     """Seconds that it spends on each element of its result besides, at most."""
     quantize: float
     """Rate of a large `quantize_rowwise`, bytes read and written a second."""
     quantize_columns: float
-    """Rate of a large `quantize_columnwise_transpose` to the format, bytes a second, as its work counts them."""
+    """Rate of a large `quantize_columnwise_transpose`, or the blockwise one, bytes a second, as its work counts them."""
     kernel: float
     """Seconds that a kernel takes on the device, besides what it reads, writes and computes."""
     matmul_call: float
@@ -147,7 +150,7 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     matmul, gemm, sharers, is_fused, weight_passes, scale_sharers = candidate
     value = matmul.node.meta["val"]
     original, original_host = _original(matmul, rates)
-    rates = rates or device_rates(value.device, value.dtype, gemm.number_format)
+    rates = rates or device_rates(value.device, value.dtype, gemm.is_by_block)
     m, n, k = _shape(matmul)
     itemsize = value.dtype.itemsize
     weight = matmul.lhs if matmul.weight_on_left else matmul.rhs
@@ -156,15 +159,13 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     other_rows = m + n - weight_rows
 
     multiply = scaled_mm_work(m, n, k, itemsize)
-    # An operand with one scale, or with scales for what is not summed over, is read twice, and takes two kernels: one for
-    # its absmax, unless another matmul has found its scale, and one that rounds; by columns, one that sets the maxima to
-    # zero and one that does the rest.
+    # An operand with one scale is read twice, and takes two kernels: one for its absmax, unless another matmul has found
+    # its scale, and one that rounds.
     activation_kernels, weight_kernels = 1.0, 1.0
     if matmul.role is Role.GRAD_WEIGHT:
-        activation_kernels = weight_kernels = 2.0
-        work_other, work_weight = (
-            quantize_columnwise_transpose_work(k, rows, itemsize).bytes for rows in (other_rows, weight_rows)
-        )
+        columns = _COLUMN_QUANTIZERS[gemm.is_by_block]
+        activation_kernels = weight_kernels = columns.num_kernels
+        work_other, work_weight = (columns.work(k, rows, itemsize).bytes for rows in (other_rows, weight_rows))
         quantize_other, quantize_weight = work_other / rates.quantize_columns, work_weight / rates.quantize_columns
     else:
         quantize_other = quantize_rowwise_work(other_rows, k, itemsize).bytes / rates.quantize
@@ -229,19 +230,19 @@ def _symbol_hint(symbol: sympy.Symbol, shape_env: ShapeEnv) -> int:
     return hint(torch.SymInt(SymNode(symbol, shape_env, int, None)))
 
 
-def device_rates(device: torch.device, dtype: torch.dtype, number_format: NumberFormat = INT8) -> DeviceRates:
-    """Rates of a device for a dtype and an 8-bit format. Measured once (a second or two, and kernel tuning), then read from a file in
+def device_rates(device: torch.device, dtype: torch.dtype, by_block: bool = False) -> DeviceRates:
+    """Rates of a device for a dtype, and for int8 with scales by block or without. Measured once (a second or two, and kernel tuning), then read from a file in
     Inductor's cache folder, where the first process to write decides for all that share it.
 
     The rates are those of the device's model: GPUs of one name get the same, so ranks decide alike.
     """
-    key = _device_key(device, dtype, number_format)
+    key = _device_key(device, dtype, by_block)
     if key not in _known:
         file = MeasurementFile(Path(cache_dir()) / "swcompile" / "device_rates.json")
         stored = file.read().get(key)
         rates = _rates_from(stored)
         if rates is None:
-            measured = _measure(device, dtype, number_format)
+            measured = _measure(device, dtype, by_block)
             rates = _rates_from(file.add(key, dataclasses.asdict(measured), instead_of=stored)) or measured
         _known[key] = rates
     return _known[key]
@@ -251,22 +252,22 @@ _known: dict[str, DeviceRates] = {}
 
 
 def rates_fingerprint(
-    devices: Iterable[torch.device], dtypes: Iterable[torch.dtype], number_formats: Iterable[NumberFormat] = (INT8,)
+    devices: Iterable[torch.device], dtypes: Iterable[torch.dtype], *, by_block: bool = False
 ) -> str:
-    """What a cache key needs of the rates on which decisions rest."""
+    """What a cache key needs of the rates on which decisions rest, those by block included or not."""
     measured = {device for device in devices if device.type in ("cpu", "cuda")}
-    wanted = product(measured, set(dtypes).intersection(_DTYPES), {INT8, *number_formats})
+    wanted = product(measured, set(dtypes).intersection(_DTYPES), {False, by_block})
     return repr(sorted({(_device_key(*of), repr(device_rates(*of))) for of in wanted}))
 
 
-def _device_key(device: torch.device, dtype: torch.dtype, number_format: NumberFormat = INT8) -> str:
+def _device_key(device: torch.device, dtype: torch.dtype, by_block: bool = False) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         precision = torch.get_float32_matmul_precision()
     else:
         name = f"{device.type} {torch.get_num_threads()} threads"
         precision = "highest"
-    numbers = f"{dtype}, {number_format.name}, float32 {precision}"
+    numbers = f"{dtype}, int8{' by block' if by_block else ''}, float32 {precision}"
     return f"{name}, torch {torch.__version__}, {numbers}, swcompile {source_fingerprint()[:16]}"
 
 
@@ -284,14 +285,29 @@ def _rates_from(stored: Any) -> DeviceRates | None:
 _NOT_ZERO = ("matmul", "quantized_matmul", "quantize", "quantize_columns", "kernel")
 
 
-def _measure(device: torch.device, dtype: torch.dtype, number_format: NumberFormat) -> DeviceRates:
+def _measure(device: torch.device, dtype: torch.dtype, by_block: bool) -> DeviceRates:
     if device.type == "cuda":
         with torch.cuda.device(device):  # events, sleep and synchronize are the current device's
-            return _measure_current(device, dtype, number_format)
-    return _measure_current(device, dtype, number_format)
+            return _measure_current(device, dtype, by_block)
+    return _measure_current(device, dtype, by_block)
 
 
-def _measure_current(device: torch.device, dtype: torch.dtype, number_format: NumberFormat) -> DeviceRates:
+class _ColumnQuantizer(NamedTuple):
+    """What quantises the operands of a matmul that sums over their rows."""
+
+    op: Callable[[torch.Tensor], Any]
+    work: Callable[[int, int, int], Work]
+    num_kernels: float
+
+
+_COLUMN_QUANTIZERS = {
+    False: _ColumnQuantizer(QUANTIZE_COLUMNWISE_TRANSPOSE, quantize_columnwise_transpose_work, 2.0),  # one sets zeros
+    True: _ColumnQuantizer(QUANTIZE_BLOCKWISE_TRANSPOSE, quantize_blockwise_transpose_work, 1.0),
+}
+"""Whether scales are by block -> the quantiser."""
+
+
+def _measure_current(device: torch.device, dtype: torch.dtype, by_block: bool) -> DeviceRates:
     on_gpu = device.type == "cuda"
     size = 4096 if on_gpu else 512
     rows = 8 * size if on_gpu else 2 * size
@@ -300,19 +316,22 @@ def _measure_current(device: torch.device, dtype: torch.dtype, number_format: Nu
     with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng([device] if on_gpu else []), autocast:
         x = torch.randn(rows, size, device=device, dtype=dtype)
         weight = torch.randn(size, size, device=device, dtype=dtype)
-        operands, ones = [_rounded(x, number_format), _rounded(weight, number_format)], torch.ones(rows, 1, device=device)
-        if number_format == INT8:
-            quantize_columns = QUANTIZE_COLUMNWISE_TRANSPOSE
-            scales = ones, ones[:1]
-            quantized_matmul: Callable[..., Any] = partial(SCALED_MM, bias=None, out_dtype=dtype)
-            others: list[Callable[[], Any]] = [lambda: QUANTIZE_TENSORWISE(weight), lambda: QUANTIZE_BY_SCALE(weight, ones[:1], True)]
-        else:  # sums over the rows, as a weight's gradient does; as many operations
-            quantize_columns = QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3
-            operands, scales = [operands[0].t().contiguous()] * 2, (ones[:size], ones[:size])
-            quantized_matmul = partial(SCALED_MM_E4M3, out_dtype=dtype)
-            others = []
+        columns = _COLUMN_QUANTIZERS[by_block]
+        if by_block:  # sums over the rows, as a weight's gradient does; as many operations
+            operands, ones = [_rounded(x).t().contiguous()] * 2, torch.ones(num_blocks(rows), size, device=device)
+            others: list[Callable[[], Any]] = []
+        else:
+            operands, ones = [_rounded(x), _rounded(weight)], torch.ones(rows, 1, device=device)
+            others = [lambda: QUANTIZE_TENSORWISE(weight), lambda: QUANTIZE_BY_SCALE(weight, ones[:1], True)]
+
+        def quantized_matmul(a: torch.Tensor, b: torch.Tensor) -> Any:
+            if not by_block:
+                return SCALED_MM(a, b, ones, ones[:1], None, dtype)
+            scales = ones[: num_blocks(a.shape[1])]
+            return SCALED_MM_BLOCKWISE(a, b, scales, scales, dtype)
+
         if on_gpu:  # all of them are compiled at once, those that a model will need next, too
-            ours = [lambda: QUANTIZE_ROWWISE(x), lambda: quantize_columns(x), lambda: quantized_matmul(*operands, *scales)]
+            ours = [lambda: QUANTIZE_ROWWISE(x), lambda: columns.op(x), lambda: quantized_matmul(*operands)]
             run_together(ours + others, device)
         small, small_weight = x[:16, :16].contiguous(), weight[:16, :16].contiguous()
         quantize = quantize_rowwise_work(rows, size, dtype.itemsize).bytes / seconds(lambda: QUANTIZE_ROWWISE(x))
@@ -320,24 +339,23 @@ def _measure_current(device: torch.device, dtype: torch.dtype, number_format: Nu
 
         # What speaks against 8 bit counts.
         matmul, output = _matmul_rates(lambda a, b: a @ b.t(), (x, weight), seconds, kernel, min)
-        quantized, quantized_output = _matmul_rates(lambda a, b: quantized_matmul(a, b, *scales), operands, seconds, kernel, max)
+        quantized, quantized_output = _matmul_rates(quantized_matmul, operands, seconds, kernel, max)
         return DeviceRates(
             matmul=matmul,
             output=output,
             quantized_matmul=quantized,
             quantized_output=quantized_output,
             quantize=quantize,
-            quantize_columns=quantize_columnwise_transpose_work(rows, size, dtype.itemsize).bytes
-            / seconds(lambda: quantize_columns(x)),
+            quantize_columns=columns.work(rows, size, dtype.itemsize).bytes / seconds(lambda: columns.op(x)),
             kernel=kernel,
             matmul_call=_host_seconds(lambda: small @ small_weight) if on_gpu else 0.0,
             quantize_call=_host_seconds(lambda: QUANTIZE_ROWWISE(small)) if on_gpu else 0.0,
         )
 
 
-def _rounded(x: torch.Tensor, number_format: NumberFormat) -> torch.Tensor:
-    """Normal data in an 8-bit format, as a quantiser leaves it: what is multiplied decides on a GPU's clock."""
-    return (x * 31.0).clamp(-127, 127).round().to(number_format.dtype)
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    """Normal data in int8, as a quantiser leaves it: what is multiplied decides on a GPU's clock."""
+    return (x * 31.0).clamp(-127, 127).round().to(torch.int8)
 
 
 def _matmul_rates(

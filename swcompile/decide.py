@@ -62,7 +62,7 @@ def decide(
     impossible = _impossible(matmul, gemm)
     if impossible:
         return dataclasses.replace(kept, reason=impossible, violation=True)
-    return dataclasses.replace(kept, rewritten=True, number_format=gemm.number_format.name, reason=_describe(gemm))
+    return dataclasses.replace(kept, rewritten=True, number_format=INT8.name, reason=_describe(gemm))
 
 
 def weigh(decision: Decision, prediction: Prediction, *, asked: bool) -> Decision:
@@ -102,22 +102,21 @@ _MOST_NAMES = 4
 
 def _impossible(matmul: Matmul, gemm: GemmFormat) -> str:
     """Why no 8-bit kernel computes this matmul, or an empty string."""
-    name = gemm.number_format.name
     value = matmul.node.meta["val"]
     if value.dtype not in OUTPUT_DTYPES:
-        return f"{value.dtype} has no {name} form; bfloat16, float16 and float32 have"
+        return f"{value.dtype} has no int8 form; bfloat16, float16 and float32 have"
     if value.device.type not in ("cpu", "cuda"):
-        return f"no {name} kernel for device {value.device.type}"
+        return f"no int8 kernel for device {value.device.type}"
     if matmul.node.target in (aten.mv.default, aten.addmv.default):
         return "a matrix-vector product: bound by reading the weight once"
-    if gemm.number_format == INT8 and matmul.shape[2] > MAX_K:
+    if not gemm.is_by_block and matmul.shape[2] > MAX_K:
         return f"sums over {matmul.shape[2]} > {MAX_K} products, which may overflow int32"
     if value.dim() == 3 and facts.sizes(matmul.node)[0] != 1:
         batch = facts.sizes(matmul.node)[0]
         if matmul.role is Role.GRAD_WEIGHT:
-            return f"a batch of {batch} products: the {name} kernel computes one"
+            return f"a batch of {batch} products: the int8 kernel computes one"
         if not _is_one_matrix(matmul.lhs if matmul.weight_on_left else matmul.rhs):
-            return f"a batch of {batch} weights: the {name} kernel multiplies one"
+            return f"a batch of {batch} weights: the int8 kernel multiplies one"
     return ""
 
 
@@ -130,5 +129,5 @@ def _is_one_matrix(batch: fx.Node) -> bool:
 
 
 def _describe(gemm: GemmFormat) -> str:
-    kinds = {Scaling.VECTOR: "row", Scaling.TENSOR: "tensor"}
-    return f"{gemm.number_format.name}, scales by {kinds[gemm.other]} x {kinds[gemm.weight]}"
+    kinds = {Scaling.VECTOR: "row", Scaling.TENSOR: "tensor", Scaling.BLOCK: "block"}
+    return f"int8, scales by {kinds[gemm.other]} x {kinds[gemm.weight]}"

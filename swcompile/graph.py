@@ -12,9 +12,9 @@ import torch
 from torch import fx
 from torch._functorch._aot_autograd import descriptors
 
-from swcompile.kernels.formats import E4M3, INT8, NumberFormat
+from swcompile.kernels.formats import INT8, NumberFormat
 from swcompile.kernels.scaled_mm import SCALED_MM
-from swcompile.kernels.scaled_mm_e4m3 import SCALED_MM_E4M3
+from swcompile.kernels.scaled_mm_blockwise import SCALED_MM_BLOCKWISE
 from swcompile.recipe import Role
 from swcompile.values import CASTS, VIEWS, derivation, parameter_root, parameters_alone
 
@@ -39,7 +39,7 @@ MATMULS = {
     aten.mv.default,
     aten.addmv.default,
     SCALED_MM,
-    SCALED_MM_E4M3,
+    SCALED_MM_BLOCKWISE,
 }
 _BIASED = {aten.addmm.default, aten.baddbmm.default, aten.addmv.default}
 
@@ -70,7 +70,7 @@ class Matmul:
     @property
     def number_format(self) -> NumberFormat | None:
         """The 8-bit format that it runs in, if it is rewritten already; its right operand then lies [N, K]."""
-        return {SCALED_MM: INT8, SCALED_MM_E4M3: E4M3}.get(self.node.target)
+        return INT8 if self.node.target in (SCALED_MM, SCALED_MM_BLOCKWISE) else None
 
     @property
     def shape(self) -> tuple[int, int, int]:

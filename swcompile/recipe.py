@@ -7,8 +7,6 @@ import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from swcompile.kernels.formats import E4M3, INT8, NumberFormat
-
 
 class Stabilizer(enum.Enum):
     """What `swcompile.prepare` inserts."""
@@ -35,6 +33,9 @@ class Scaling(enum.Enum):
     """One scale for each outer index: a row of activations, an output channel of a weight."""
     TENSOR = "tensor"
     """One scale for the whole operand."""
+    BLOCK = "block"
+    """One scale for each outer index and block of 1024 contracted ones: for each channel and block of tokens in
+    ``grad_weight``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,23 +45,28 @@ class GemmFormat:
     weight: Scaling
     """Scaling of the operand that is the weight (in ``grad_weight``: of the activation)."""
     other: Scaling = Scaling.VECTOR
-    """Scaling of the other operand: the activation in ``output``, the output gradient in the other two. Always
-    `Scaling.VECTOR`: `scaled_mm` takes a scale for each row of one operand at least."""
-    number_format: NumberFormat = INT8
-    """Of both operands: int8, or e4m3 for ``grad_weight`` with a scale for each channel of both."""
+    """Scaling of the other operand: the activation in ``output``, the output gradient in the other two.
+    `Scaling.VECTOR`, as `scaled_mm` takes a scale for each row of one operand at least; or `Scaling.BLOCK` for both
+    operands of ``grad_weight``."""
 
     def __post_init__(self) -> None:
-        if self.number_format not in (INT8, E4M3):
-            raise ValueError(f"GemmFormat: number_format is {self.number_format!r}, but must be INT8 or E4M3")
         for field in ("weight", "other"):
-            _check(f"GemmFormat: {field}", getattr(self, field), Scaling, "Scaling.VECTOR or Scaling.TENSOR")
-        if self.other is not Scaling.VECTOR:
+            _check(f"GemmFormat: {field}", getattr(self, field), Scaling, "Scaling.VECTOR, Scaling.TENSOR or Scaling.BLOCK")
+        if self.is_by_block != (self.weight is Scaling.BLOCK):
+            raise ValueError(
+                f"GemmFormat: weight is {self.weight} and other {self.other}, but scales by block are for both operands: "
+                "give both Scaling.BLOCK"
+            )
+        if self.other is Scaling.TENSOR:
             raise ValueError(
                 f"GemmFormat: other is {self.other}, but must be Scaling.VECTOR, as scaled_mm takes a scale for each "
                 "row of an activation or gradient; give the weight one scale with weight=Scaling.TENSOR"
             )
-        if self.number_format == E4M3 and self.weight is not Scaling.VECTOR:
-            raise ValueError("GemmFormat: e4m3 takes a scale for each channel: weight=Scaling.VECTOR")
+
+    @property
+    def is_by_block(self) -> bool:
+        """Whether scales are for blocks of what is summed."""
+        return self.other is Scaling.BLOCK
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,8 +104,8 @@ class Recipe:
             _check(f"Recipe: {role}", getattr(self, role), (GemmFormat, type(None)), "a GemmFormat or None")
         for role in ("output", "grad_input"):
             gemm = getattr(self, role)
-            if gemm is not None and gemm.number_format != INT8:
-                raise ValueError(f"Recipe: {role} is in {gemm.number_format.name}, but only grad_weight can be")
+            if gemm is not None and gemm.is_by_block:
+                raise ValueError(f"Recipe: {role} has scales by block, but only grad_weight, which sums over tokens, can have them")
         for flag in ("save_int8_activations", "strict", "skip_slower"):
             _check(f"Recipe: {flag}", getattr(self, flag), bool, "True or False")
         _check("Recipe: fuse", self.fuse, (bool, type(None)), "True, False or None")
@@ -111,12 +117,6 @@ class Recipe:
             if not isinstance(value, tuple) or not all(isinstance(pattern, str) for pattern in value):
                 example = (value,) if isinstance(value, str) else ("blocks.*", "head.weight")
                 raise ValueError(f"Recipe: {field} is {value!r}, but must be a tuple of globs, such as {example!r}")
-
-    @property
-    def number_formats(self) -> list[NumberFormat]:
-        """Of all matmuls that it rewrites, each once."""
-        gemms = (self.output, self.grad_input, self.grad_weight)
-        return list(dict.fromkeys(gemm.number_format for gemm in gemms if gemm is not None))
 
     def format_of(self, role: Role) -> GemmFormat | None:
         """The format for matmuls of that role, or None to leave them."""
@@ -171,12 +171,12 @@ def llm_int8() -> Recipe:
 
 
 def switchback_full() -> Recipe:
-    """SwitchBack with the weight's gradient in 8 bit, too: in e4m3, with a scale for each channel over all tokens.
+    """SwitchBack with the weight's gradient in int8, too, with a scale for each channel and block of 1024 tokens.
 
-    The paper keeps this matmul in 16 bit, as int8 with a scale a tensor can lose most of a gradient. e4m3 loses some
-    4 % of a layer's, and 17 % where that lost 65 % (`benchmarks/grad_weight_error.py`).
+    The paper keeps this matmul in 16 bit, as int8 with a scale a tensor can lose most of a gradient. With these scales
+    it loses 2 to 3 % of a layer's, and 28 % where that lost 65 % (`benchmarks/grad_weight_error.py`).
     """
-    grad_weight = GemmFormat(weight=Scaling.VECTOR, number_format=E4M3)
+    grad_weight = GemmFormat(weight=Scaling.BLOCK, other=Scaling.BLOCK)
     return dataclasses.replace(switchback(), name="switchback_full", grad_weight=grad_weight)
 
 

@@ -77,7 +77,7 @@ class Report:
         return sum(d.rewritten for d in self.decisions if role in (None, d.role))
 
     def summary(self) -> str:
-        """One line: how many matmuls of each role run in int8, or in which other format."""
+        """One line: how many matmuls of each role run in int8."""
         if not self.decisions:
             return f"{self.recipe}: no matmul in this graph"
         counts = []
@@ -85,8 +85,7 @@ class Report:
         for role in (Role.OUTPUT, Role.GRAD_INPUT, Role.GRAD_WEIGHT):
             of_role = [d for d in self.decisions if d.role is role]
             if of_role:
-                formats = sorted({d.number_format for d in of_role if d.number_format} - {"int8"})
-                counts.append(f"{self.num_rewritten(role)} of {len(of_role)} {role.value}" + "".join(f" ({f})" for f in formats))
+                counts.append(f"{self.num_rewritten(role)} of {len(of_role)} {role.value}")
         others = sum(d.role is Role.OTHER for d in self.decisions)
         if others:
             counts.append(f"{others} other left alone")

@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from swcompile.kernels.quantize_columnwise import (
-    QUANTIZE_COLUMNWISE_TRANSPOSE,
-    QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3,
-)
+from swcompile.kernels.quantize_blockwise import QUANTIZE_BLOCKWISE_TRANSPOSE
+from swcompile.kernels.quantize_columnwise import QUANTIZE_COLUMNWISE_TRANSPOSE
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
 from swcompile.kernels.quantize_tensorwise import (
     QUANTIZE_BY_SCALE,
@@ -46,9 +44,9 @@ VIEWS = ALIASES | RESHAPES | _SPLITS | {aten.clone.default}
 
 CASTS = {prims.convert_element_type.default, aten._to_copy.default}
 QUANTIZERS = {
+    QUANTIZE_BLOCKWISE_TRANSPOSE,
     QUANTIZE_BY_SCALE,
     QUANTIZE_COLUMNWISE_TRANSPOSE,
-    QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3,
     QUANTIZE_ROWWISE,
     QUANTIZE_TENSORWISE,
     QUANTIZE_TENSORWISE_TRANSPOSE,

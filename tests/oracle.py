@@ -6,7 +6,6 @@ import torch
 
 import swcompile
 from swcompile import GemmFormat, Scaling
-from swcompile.kernels.formats import E4M3
 
 
 def fake_quantize(x: torch.Tensor, scaling: Scaling) -> torch.Tensor:
@@ -16,19 +15,17 @@ def fake_quantize(x: torch.Tensor, scaling: Scaling) -> torch.Tensor:
     return (x * (torch.tensor(1.0) / scale)).round().double() * scale.double()
 
 
-def fake_quantize_e4m3(x: torch.Tensor) -> torch.Tensor:
-    """float64 values of x [outer, contracted] after rounding to float8_e4m3fn with a scale a row."""
-    x = x.float()
-    scale = x.abs().amax(1, keepdim=True) / torch.tensor(448.0)
-    return (x * (torch.tensor(1.0) / scale)).to(torch.float8_e4m3fn).double() * scale.double()
+def fake_quantize_by_block(x: torch.Tensor) -> torch.Tensor:
+    """float64 values of x [outer, contracted] after rounding to int8 with a scale for each 1024 elements of a row."""
+    return torch.cat([fake_quantize(block, Scaling.VECTOR) for block in x.split(1024, 1)], 1)
 
 
 def gemm(a: torch.Tensor, b: torch.Tensor, gemm_format: GemmFormat | None) -> torch.Tensor:
     """``a @ b.T`` of [outer, contracted] operands, b the weight, in float64."""
     if gemm_format is None:
         return a.double() @ b.double().T
-    if gemm_format.number_format is E4M3:
-        return fake_quantize_e4m3(a) @ fake_quantize_e4m3(b).T
+    if gemm_format.other is Scaling.BLOCK:
+        return fake_quantize_by_block(a) @ fake_quantize_by_block(b).T
     return fake_quantize(a, gemm_format.other) @ fake_quantize(b, gemm_format.weight).T
 
 

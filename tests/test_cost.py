@@ -21,7 +21,6 @@ from swcompile.backend import _dtypes
 from swcompile.cost import DeviceRates, device_rates, rates_fingerprint
 from swcompile.joint import parameter_names
 from swcompile.kernels import measurements
-from swcompile.kernels.formats import E4M3, INT8, NumberFormat
 
 CPU = torch.device("cpu")
 RATES = DeviceRates(
@@ -43,7 +42,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     """The devices that are measured, each 1 FLOP/s faster than the one before. All GPUs are of one model."""
     devices: list[torch.device] = []
 
-    def measure(device: torch.device, dtype: torch.dtype, number_format: NumberFormat) -> DeviceRates:
+    def measure(device: torch.device, dtype: torch.dtype, by_block: bool) -> DeviceRates:
         devices.append(device)
         return dataclasses.replace(RATES, matmul=len(devices))
 
@@ -60,7 +59,7 @@ def in_a_new_process() -> DeviceRates:
 def test_measured_once_and_then_read(file: Path, measured: list[torch.device]) -> None:
     assert device_rates(CPU, torch.float32) == in_a_new_process() == dataclasses.replace(RATES, matmul=1)
     assert device_rates(CPU, torch.bfloat16).matmul == 2
-    assert device_rates(CPU, torch.bfloat16, E4M3).matmul == 3, "for who asks for that format alone"
+    assert device_rates(CPU, torch.bfloat16, True).matmul == 3, "for who asks for them alone"
     assert measured == [CPU] * 3 and len(json.loads(file.read_text())) == 3
 
 
@@ -80,13 +79,13 @@ def test_the_gpu_that_is_measured_is_the_current_one(monkeypatch: pytest.MonkeyP
         yield
         current.pop()
 
-    def measure(device: torch.device, dtype: torch.dtype, number_format: NumberFormat) -> DeviceRates:
+    def measure(device: torch.device, dtype: torch.dtype, by_block: bool) -> DeviceRates:
         assert current[-1] == device.index
         return RATES
 
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(cost, "_measure_current", measure)
-    assert cost._measure(torch.device("cuda", 2), torch.float32, INT8) is RATES and current == [0]
+    assert cost._measure(torch.device("cuda", 2), torch.float32, False) is RATES and current == [0]
 
 
 class Cast(nn.Module):
@@ -127,7 +126,7 @@ def test_rates_are_for_the_dtypes_of_matmuls(how: str) -> None:
 def test_of_two_ranks_that_measure_at_once_both_take_the_first_ones_rates(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measure(device: torch.device, dtype: torch.dtype, number_format: NumberFormat) -> DeviceRates:
+    def measure(device: torch.device, dtype: torch.dtype, by_block: bool) -> DeviceRates:
         other = {cost._device_key(CPU, torch.float32): dataclasses.asdict(RATES)}
         file.parent.mkdir()
         file.write_text(json.dumps(other))  # the other rank is done while this one measures
@@ -180,8 +179,8 @@ def test_a_folder_that_cannot_be_used_fails_no_compilation(
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_second_gpu_is_measured_where_the_first_is_current() -> None:
-    for number_format in (INT8, E4M3):
-        rates = cost._measure(torch.device("cuda", 1), torch.bfloat16, number_format)
+    for by_block in (False, True):
+        rates = cost._measure(torch.device("cuda", 1), torch.bfloat16, by_block)
         assert rates.kernel < 1e-3 and rates.quantized_matmul > rates.matmul > 1e13
     assert torch.cuda.current_device() == 0
 
@@ -272,12 +271,13 @@ def test_the_rates_of_a_matmul_are_found_by_sums_of_several_lengths() -> None:
 
 
 def test_a_sum_over_tokens_has_its_own_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    e4m3_rates = dataclasses.replace(RATES, quantized_matmul=1.5e12)
-    monkeypatch.setattr(cost, "device_rates", lambda *of: e4m3_rates if E4M3 in of else RATES)
+    block_rates = dataclasses.replace(RATES, quantized_matmul=1.5e12)
+    monkeypatch.setattr(cost, "device_rates", lambda *of: block_rates if True in of else RATES)
     layer, x = nn.Linear(256, 512), torch.randn(1024, 256)
     seconds = 2 * 1024 * 512 * 256 / RATES.matmul + RATES.kernel
-    quantize = (1024 * (256 + 512) * (2 * 4 + 1) + 4 * (256 + 512)) / RATES.quantize_columns + 4 * RATES.kernel
-    for recipe, rate in (("switchback_full", 1.5e12), ("llm_int8", RATES.quantized_matmul)):
+    twice_read = (1024 * (256 + 512) * (2 * 4 + 1) + 4 * (256 + 512)) / RATES.quantize_columns + 4 * RATES.kernel
+    once_read = (1024 * (256 + 512) * (4 + 1) + 4 * (256 + 512)) / RATES.quantize_columns + 2 * RATES.kernel
+    for recipe, rate, quantize in (("switchback_full", 1.5e12, once_read), ("llm_int8", RATES.quantized_matmul, twice_read)):
         (decision,) = (
             d for d in swcompile.explain(layer, x, include="*", recipe=recipe).decisions if d.role is Role.GRAD_WEIGHT
         )

@@ -32,7 +32,7 @@ def test_known_values():
 def test_a_record_that_contradicts_its_dtype_is_refused():
     with pytest.raises(ValueError, match="e4m2: 7 bits given, but torch.float8_e4m3fn holds 8"):
         NumberFormat(
-            name="e4m2", dtype=torch.float8_e4m3fn, exponent_bits=4, mantissa_bits=2, has_infinity=False, oldest_capability=(8, 9)
+            name="e4m2", dtype=torch.float8_e4m3fn, exponent_bits=4, mantissa_bits=2, has_infinity=False
         )
     with pytest.raises(FrozenInstanceError):
         INT8.mantissa_bits = 6

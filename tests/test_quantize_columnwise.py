@@ -113,7 +113,7 @@ def launch_config(config: ColumnConfig, x: torch.Tensor) -> tuple[torch.Tensor, 
     num_rows, num_columns = x.shape
     x_q = torch.full((num_columns, num_rows), -1, dtype=torch.int8, device=x.device)
     scale = torch.full((num_columns, 1), -1.0, device=x.device)
-    launcher(config, x, x_q)(x, x_q, scale)
+    launcher(config, x)(x, x_q, scale)
     return x_q, scale
 
 

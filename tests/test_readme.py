@@ -48,5 +48,5 @@ def test_commands_and_links_exist() -> None:
 
 
 def _describe(gemm: GemmFormat | None) -> str:
-    words = {Scaling.VECTOR: "row", Scaling.TENSOR: "tensor"}
-    return "16 bit" if gemm is None else f"{gemm.number_format.name}, {words[gemm.other]} × {words[gemm.weight]}"
+    words = {Scaling.VECTOR: "row", Scaling.TENSOR: "tensor", Scaling.BLOCK: "block"}
+    return "16 bit" if gemm is None else f"int8, {words[gemm.other]} × {words[gemm.weight]}"

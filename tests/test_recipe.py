@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from swcompile import RECIPES, GemmFormat, Recipe, Role, Scaling, make_recipe
-from swcompile.kernels.formats import E4M3, E5M2
 
 TENSOR, VECTOR = GemmFormat(weight=Scaling.TENSOR), GemmFormat(weight=Scaling.VECTOR)
-CHANNELS = GemmFormat(weight=Scaling.VECTOR, number_format=E4M3)
+BLOCKS = GemmFormat(weight=Scaling.BLOCK, other=Scaling.BLOCK)
 
 
 @pytest.mark.parametrize(
@@ -20,7 +19,7 @@ CHANNELS = GemmFormat(weight=Scaling.VECTOR, number_format=E4M3)
         ("switchback", TENSOR, TENSOR, None, False),
         ("switchback_m", TENSOR, TENSOR, None, True),
         ("switchback_q", VECTOR, VECTOR, None, False),
-        ("switchback_full", TENSOR, TENSOR, CHANNELS, False),
+        ("switchback_full", TENSOR, TENSOR, BLOCKS, False),
         ("llm_int8", VECTOR, VECTOR, VECTOR, False),
     ],
 )
@@ -100,8 +99,8 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
     [
         ({"weight": Scaling.TENSOR, "other": Scaling.TENSOR}, "other is Scaling.TENSOR, but must be Scaling.VECTOR"),
         ({"weight": Scaling.VECTOR, "other": Scaling.TENSOR}, "other is Scaling.TENSOR, but must be Scaling.VECTOR"),
-        ({"weight": "tensor"}, "weight is 'tensor', but must be Scaling.VECTOR or Scaling.TENSOR"),
-        ({"weight": Scaling.VECTOR, "other": None}, "other is None, but must be Scaling.VECTOR or Scaling.TENSOR"),
+        ({"weight": "tensor"}, "weight is 'tensor', but must be Scaling.VECTOR, Scaling.TENSOR or Scaling.BLOCK"),
+        ({"weight": Scaling.VECTOR, "other": None}, "other is None, but must be Scaling.VECTOR, Scaling.TENSOR or Scaling.BLOCK"),
     ],
 )
 def test_formats_that_cannot_run(values: dict[str, Any], message: str) -> None:
@@ -173,13 +172,12 @@ def test_unmatched_patterns_come_with_the_closest_name() -> None:
 
 
 def test_formats_that_no_kernel_has() -> None:
-    with pytest.raises(ValueError, match="must be INT8 or E4M3"):
-        GemmFormat(weight=Scaling.VECTOR, number_format=E5M2)
-    with pytest.raises(ValueError, match="e4m3 takes a scale for each channel"):
-        GemmFormat(weight=Scaling.TENSOR, number_format=E4M3)
+    for scalings in ({"weight": Scaling.BLOCK}, {"weight": Scaling.TENSOR, "other": Scaling.BLOCK}):
+        with pytest.raises(ValueError, match="scales by block are for both operands: give both"):
+            GemmFormat(**scalings)
     for role in ("output", "grad_input"):
-        with pytest.raises(ValueError, match=f"{role} is in e4m3, but only grad_weight can be"):
-            Recipe(name="mine", **{role: CHANNELS})
+        with pytest.raises(ValueError, match=f"{role} has scales by block, but only grad_weight"):
+            Recipe(name="mine", **{role: BLOCKS})
 
 
 @pytest.mark.parametrize("value", ["yes", 1])

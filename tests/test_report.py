@@ -1,6 +1,5 @@
 """The report: one line for each kind of matmul, plain data, and decisions found when they are asked for."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -159,10 +158,3 @@ def test_empty_report() -> None:
     assert str(report) == report.summary() == "switchback: no matmul in this graph"
     assert report.as_dict() == {"recipe": "switchback", "summary": report.summary(), "matmuls": []}
     assert report.num_rewritten() == 0
-
-
-def test_another_format_than_int8_is_named() -> None:
-    wide = [decision("fc.weight", Role.GRAD_WEIGHT), decision("fc.weight")]
-    report = Report("switchback_full", [dataclasses.replace(wide[0], number_format="e4m3", reason="e4m3, row x row"), wide[1]])
-    assert report.summary() == "switchback_full: int8 in 1 of 1 output, 1 of 1 grad_weight (e4m3)"
-    assert "64 x 32  e4m3" in str(report) and "64 x 32  int8" in str(report)

@@ -23,7 +23,7 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 
 def test_candidates():
     assert all(0 < len(configs) <= 8 for configs in (HOPPER_CANDIDATES, TMA_CANDIDATES, POINTER_CANDIDATES))
-    small, large = ((torch.int8, 64, 64), (torch.int8, 65536, 4096))
+    small, large = ((64, 64), (65536, 4096))
     assert candidates(DEVICE, False, *small) == POINTER_CANDIDATES
     assert candidates(DEVICE, True, *small) == (HOPPER_CANDIDATES if has_wgmma(DEVICE) else TMA_CANDIDATES)
     for tma_fits in (False, True):
@@ -58,18 +58,20 @@ constants = dict(
     NUM_STORES=config.num_stores, LEAD=config.lead, HAS_BIAS=True, PER_COLUMN=True,
 )
 instructions = ["m64n128k32.s32.s8.s8"]
+rows, ROW_LAYOUT = {}, None
 """
-E4M3 = """
-from swcompile.kernels.scaled_mm_e4m3_wgmma import columns_of, constants_of, e4m3_wgmma_kernel as function
-from swcompile.kernels.scaled_mm_kernels import HOPPER_E4M3_CANDIDATES
+BLOCKWISE = """
+from swcompile.kernels.scaled_mm_blockwise_wgmma import ROW_LAYOUT, columns_of, constants_of, blockwise_wgmma_kernel as function
+from swcompile.kernels.scaled_mm_kernels import HOPPER_BLOCKWISE_CANDIDATES
 
-config = HOPPER_E4M3_CANDIDATES[0]
-blocks = {"a_desc": ("fp8e4nv", 1, config.block_m, config.block_k)}
+config = HOPPER_BLOCKWISE_CANDIDATES[0]
+blocks = {"a_desc": ("i8", 1, config.block_m, config.block_k)}
 for side, columns in zip(("left", "right"), columns_of(config)):
-    blocks[f"{side}_desc"] = "fp8e4nv", 1, columns, config.block_k
+    blocks[f"{side}_desc"] = "i8", 1, columns, config.block_k
     blocks[f"{side}_out_desc"] = "bf16", 2, config.block_m // 2, columns
+rows = {"scale_a_desc": config.block_m // 2, **dict(zip(("scale_left_desc", "scale_right_desc"), columns_of(config)))}
 constants = constants_of(config)
-instructions = ["m64n128k32.f32.e4m3.e4m3", "m64n64k32.f32.e4m3.e4m3"]
+instructions = ["m64n128k32.s32.s8.s8", "m64n64k32.s32.s8.s8"]
 """
 COMPILE = """
 import triton
@@ -81,6 +83,7 @@ signature = {
     name: f"tensordesc<{dtype}[{rows}, {columns}],{layout_of(rows, columns, size)!r}>"
     for name, (dtype, size, rows, columns) in blocks.items()
 }
+signature |= {name: f"tensordesc<fp32[{size}],{ROW_LAYOUT!r}>" for name, size in rows.items()}
 signature |= dict(scale_a_ptr="*fp32", scale_b_ptr="*fp32", bias_ptr="*bf16")
 signature |= dict(num_rows="i32", num_columns="i32", num_summed="i32")
 names = function.arg_names
@@ -102,6 +105,6 @@ print("compiled")
 
 def test_compile_for_hopper_with_overlapping_multiplications():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", INT8 + COMPILE + E4M3 + COMPILE]
+    command = [sys.executable, "-c", INT8 + COMPILE + BLOCKWISE + COMPILE]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == ["compiled", "compiled"], done.stderr

@@ -13,11 +13,8 @@ from swcompile import values
 from swcompile.cost import MIN_SPEEDUP, Candidate, Prediction, predict_speedups
 from swcompile.decide import decide, weigh
 from swcompile.graph import Matmul
-from swcompile.kernels.formats import E4M3, INT8
-from swcompile.kernels.quantize_columnwise import (
-    QUANTIZE_COLUMNWISE_TRANSPOSE,
-    QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3,
-)
+from swcompile.kernels.quantize_blockwise import QUANTIZE_BLOCKWISE_TRANSPOSE
+from swcompile.kernels.quantize_columnwise import QUANTIZE_COLUMNWISE_TRANSPOSE
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
 from swcompile.kernels.quantize_tensorwise import (
     QUANTIZE_BY_SCALE,
@@ -25,7 +22,7 @@ from swcompile.kernels.quantize_tensorwise import (
     QUANTIZE_TENSORWISE_TRANSPOSE,
 )
 from swcompile.kernels.scaled_mm import SCALED_MM
-from swcompile.kernels.scaled_mm_e4m3 import SCALED_MM_E4M3
+from swcompile.kernels.scaled_mm_blockwise import SCALED_MM_BLOCKWISE
 from swcompile.pipeline import PassResult, emit
 from swcompile.recipe import GemmFormat, Recipe, Role, Scaling, fused_devices
 from swcompile.report import Decision
@@ -213,7 +210,7 @@ class _Rewriter:
         swap = matmul.weight_on_left and (gemm.weight is Scaling.TENSOR or value.dim() == 3)
         scalings = [gemm.weight, gemm.other] if matmul.weight_on_left else [gemm.other, gemm.weight]
         total = _sum_of(node)
-        bias = None if swap or gemm.number_format != INT8 else _bias(total, matmul)
+        bias = None if swap or gemm.is_by_block else _bias(total, matmul)
         adds = total.alpha != 1 or (total.addend is not None and bias is None)
         with self.graph.inserting_before(node):
             operands = [self._matrix(matmul, left=True), self._matrix(matmul, left=False)]
@@ -221,10 +218,10 @@ class _Rewriter:
                 operands = [self._transpose(operand, node) for operand in reversed(operands)]
                 scalings.reverse()
             dtype = torch.float32 if adds else value.dtype
-            if gemm.number_format == E4M3:
-                a_q, a_scale = self._quantize_channels(operands[0], node, transposed=False)
-                b_q, b_scale = self._quantize_channels(operands[1], node, transposed=True)
-                out = emit(self.graph, SCALED_MM_E4M3, a_q, b_q, a_scale, b_scale, dtype, like=node)
+            if gemm.is_by_block:
+                a_q, a_scale = self._quantize_blocks(operands[0], node, transposed=False)
+                b_q, b_scale = self._quantize_blocks(operands[1], node, transposed=True)
+                out = emit(self.graph, SCALED_MM_BLOCKWISE, a_q, b_q, a_scale, b_scale, dtype, like=node)
             else:
                 a_q, a_scale = self._quantize(operands[0], scalings[0], node, transposed=False)
                 b_q, b_scale = self._quantize(operands[1], scalings[1], node, transposed=True)
@@ -311,11 +308,11 @@ class _Rewriter:
             operand, transposed = self._transpose(operand, like), not transposed
         return self._quantized(_QUANTIZERS[scaling, transposed], operand, like)
 
-    def _quantize_channels(self, operand: fx.Node, like: fx.Node, *, transposed: bool) -> tuple[fx.Node, fx.Node]:
-        """(e4m3 [outer, contracted], scale [outer, 1]) of an operand, shared with equal requests; as for `_quantize`."""
+    def _quantize_blocks(self, operand: fx.Node, like: fx.Node, *, transposed: bool) -> tuple[fx.Node, fx.Node]:
+        """(int8 [outer, contracted], scale [blocks, outer]) of an operand, shared with equal requests; as for `_quantize`."""
         if not transposed:
             operand = self._transpose(operand, like)
-        return self._quantized(QUANTIZE_COLUMNWISE_TRANSPOSE_E4M3, operand, like)
+        return self._quantized(QUANTIZE_BLOCKWISE_TRANSPOSE, operand, like)
 
     def _quantized(self, quantizer: Any, operand: fx.Node, like: fx.Node) -> tuple[fx.Node, fx.Node]:
         """What an op makes of an operand: emitted once for the forward, and once for the backward."""

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs
-"""`scaled_mm_e4m3` for Hopper (compute capability 9.0), written in Gluon: sums in float32 beside the multiplications.
+"""`scaled_mm_blockwise` for Hopper (compute capability 9.0), written in Gluon: sums in float32 beside the multiplications.
 
-Hopper adds e4m3 products in 14 bits, so the sums of every `PRODUCTS` products are added to others in float32. The three
-roles are those of `scaled_mm_wgmma`: while one half of the tile adds, the other half has the tensor cores. Two sets of
-sums leave registers for 192 columns, which no tensor of Triton's has: a tile is 128 columns, and 64 more on the right.
+The sums of a block's products, which are int32, are scaled and added to others in float32. The three roles are those of `scaled_mm_wgmma`: while one half of the tile adds, the other half has the tensor cores. Two sets of
+sums leave registers for 192 columns, which no tensor of Triton's has: a tile is 128 columns, and 64 more on the right;
+and none for the scales of the next block, which wait in shared memory.
 Shapes: M rows of A, N rows of B, K the summed dimension.
 """
 
@@ -20,15 +20,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from swcompile.kernels.launch import Launcher
+from swcompile.kernels.int8 import BLOCK_ROWS
+from swcompile.kernels.launch import Described, Launcher
 from swcompile.kernels.scaled_mm_kernels import MatmulConfig
-from swcompile.kernels.scaled_mm_wgmma import async_load, described, store, tile_start
-
-PRODUCTS = 512
-"""Added in 14 bits: 16 roundings down by at most 2^-13, where e4m3 itself rounds by up to 2^-4."""
+from swcompile.kernels.scaled_mm_wgmma import TensorDescriptor, async_load, described, store, tile_start
 
 
-def e4m3_wgmma_launcher(
+def blockwise_wgmma_launcher(
     config: MatmulConfig,
     num_programs: int,
     a_q_MK: torch.Tensor,
@@ -40,7 +38,7 @@ def e4m3_wgmma_launcher(
     """
     (num_rows, num_summed), num_columns = a_q_MK.shape, b_q_NK.shape[0]
     kernel = Launcher(
-        e4m3_wgmma_kernel,
+        blockwise_wgmma_kernel,
         (num_programs,),
         num_rows,
         num_columns,
@@ -52,15 +50,30 @@ def e4m3_wgmma_launcher(
     left, right = columns_of(config)
     describe_a = described(config.block_m, config.block_k)
     describe_left, describe_right = described(left, config.block_k), described(right, config.block_k)
-    describe_out_left, describe_out_right = described(config.block_m // 2, left), described(config.block_m // 2, right)
+    height = config.block_m // 2
+    describe_out_left, describe_out_right = described(height, left), described(height, right)
+    describe_scale_a, describe_scale_left, describe_scale_right = (_described_row(size) for size in (height, left, right))
 
     def launch(
         a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, _: None, out: torch.Tensor
     ) -> None:
-        outs = describe_out_left(out), describe_out_right(out)
-        kernel(describe_a(a), describe_left(b), describe_right(b), *outs, scale_a, scale_b)
+        operands = describe_a(a), describe_left(b), describe_right(b)
+        scales = describe_scale_a(scale_a), describe_scale_left(scale_b), describe_scale_right(scale_b)
+        kernel(*operands, *scales, describe_out_left(out), describe_out_right(out))
 
     return launch
+
+
+def _described_row(size: int) -> Described:
+    """Makes descriptors by which so many adjacent elements of a contiguous tensor, of whatever shape, are moved."""
+
+    def describe(tensor: torch.Tensor) -> TensorDescriptor:
+        return TensorDescriptor(tensor, [tensor.numel()], [1], [size], ROW_LAYOUT)
+
+    return Described(describe)
+
+
+ROW_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
 
 def columns_of(config: MatmulConfig) -> tuple[int, int]:
@@ -81,15 +94,14 @@ def constants_of(config: MatmulConfig) -> dict[str, int]:
         "STAGES": config.num_stages,
         "GROUP": config.group_m,
         "LEAD": config.lead,
-        "STEPS": PRODUCTS // config.block_k,
+        "STEPS": BLOCK_ROWS // config.block_k,
     }
 
 
 @gluon.jit
 def _load(
-    a_desc,
-    left_desc,
-    right_desc,
+    operand_descs,
+    scale_descs,
     shared,
     sizes,
     BLOCK_M: gl.constexpr,
@@ -98,11 +110,21 @@ def _load(
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
+    STEPS: gl.constexpr,
 ):
-    a_ring, left_ring, right_ring, _, _, loaded, free, _ = shared
+    a_desc, left_desc, right_desc = operand_descs
+    scale_a_desc, scale_left_desc, scale_right_desc = scale_descs
+    operands, scales, _, barriers = shared
+    a_ring, left_ring, right_ring = operands
+    scale_a_ring, scale_left_ring, scale_right_ring = scales
+    loaded, free, _ = barriers
     num_rows, num_columns, num_summed = sizes
+    HEIGHT: gl.constexpr = BLOCK_M // 2
+    OPERAND_BYTES: gl.constexpr = (BLOCK_M + LEFT + RIGHT) * BLOCK_K
+    SCALE_BYTES: gl.constexpr = (BLOCK_M + LEFT + RIGHT) * 4
     num_tiles = gl.cdiv(num_rows, BLOCK_M) * gl.cdiv(num_columns, LEFT + RIGHT)
     step = 0
+    turn = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         row, column = tile_start(tile, num_rows, num_columns, BLOCK_M, LEFT + RIGHT, GROUP)
         for k in range(0, num_summed, BLOCK_K):
@@ -111,7 +133,19 @@ def _load(
                 free.index(stage), (step // STAGES + 1) & 1
             )  # the first time round it is free at once
             barrier = loaded.index(stage)
-            mbarrier.expect(barrier, (BLOCK_M + LEFT + RIGHT) * BLOCK_K)
+            block = k // (STEPS * BLOCK_K)
+            if k == block * (STEPS * BLOCK_K):
+                mbarrier.expect(barrier, OPERAND_BYTES + SCALE_BYTES)
+                # Halves have not scaled at most the block before those in the stages: a place each, and one.
+                place = turn % (STAGES + 1)
+                row_scales, column_scales = block * num_rows + row, block * num_columns + column
+                async_load(scale_a_desc, [row_scales], barrier, scale_a_ring.index(2 * place))
+                async_load(scale_a_desc, [row_scales + HEIGHT], barrier, scale_a_ring.index(2 * place + 1))
+                async_load(scale_left_desc, [column_scales], barrier, scale_left_ring.index(place))
+                async_load(scale_right_desc, [column_scales + LEFT], barrier, scale_right_ring.index(place))
+                turn += 1
+            else:
+                mbarrier.expect(barrier, OPERAND_BYTES)
             async_load(a_desc, [row, k], barrier, a_ring.index(stage))
             async_load(left_desc, [column, k], barrier, left_ring.index(stage))
             async_load(right_desc, [column + LEFT, k], barrier, right_ring.index(stage))
@@ -120,9 +154,7 @@ def _load(
 
 @gluon.jit
 def _multiply(
-    left_out_desc,
-    right_out_desc,
-    pointers,
+    out_descs,
     shared,
     sizes,
     HALF: gl.constexpr,
@@ -135,8 +167,12 @@ def _multiply(
     LEAD: gl.constexpr,
     STEPS: gl.constexpr,
 ):
-    scale_a_ptr, scale_b_ptr = pointers
-    a_ring, left_ring, right_ring, left_halves, right_halves, loaded, free, started = shared
+    left_out_desc, right_out_desc = out_descs
+    operands, scales, outs, barriers = shared
+    a_ring, left_ring, right_ring = operands
+    scale_a_ring, scale_left_ring, scale_right_ring = scales
+    left_halves, right_halves = outs
+    loaded, free, started = barriers
     num_rows, num_columns, num_summed = sizes
     HEIGHT: gl.constexpr = BLOCK_M // 2
     left_layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -150,14 +186,15 @@ def _multiply(
     if HALF == 1 and LEAD > 0:
         mbarrier.wait(started, 0)
     step = 0
+    turn = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         row, column = tile_start(tile, num_rows, num_columns, BLOCK_M, LEFT + RIGHT, GROUP)
         row += HALF * HEIGHT
         left = gl.zeros([HEIGHT, LEFT], gl.float32, left_layout)
         right = gl.zeros([HEIGHT, RIGHT], gl.float32, right_layout)
         for first in range(0, num_steps, STEPS):
-            left_part = gl.zeros([HEIGHT, LEFT], gl.float32, left_layout)
-            right_part = gl.zeros([HEIGHT, RIGHT], gl.float32, right_layout)
+            left_part = gl.zeros([HEIGHT, LEFT], gl.int32, left_layout)
+            right_part = gl.zeros([HEIGHT, RIGHT], gl.int32, right_layout)
             for k in range(first, min(first + STEPS, num_steps)):
                 stage = step % STAGES
                 mbarrier.wait(loaded.index(stage), (step // STAGES) & 1)
@@ -174,51 +211,34 @@ def _multiply(
                         mbarrier.arrive(started, count=1)
             left_part, right_part = warpgroup_mma_wait(num_outstanding=0, deps=(left_part, right_part))
             mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
-            left += left_part
-            right += right_part
-        _scale_and_store(
-            left, scale_a_ptr, scale_b_ptr, left_out_desc, left_halves.index(HALF), row, column, num_rows, num_columns,
-            HEIGHT, LEFT, left_layout,
-        )  # fmt: skip
-        _scale_and_store(
-            right, scale_a_ptr, scale_b_ptr, right_out_desc, right_halves.index(HALF), row, column + LEFT, num_rows,
-            num_columns, HEIGHT, RIGHT, right_layout,
-        )  # fmt: skip
+            place = turn % (STAGES + 1)
+            scale_a = scale_a_ring.index(2 * place + HALF)
+            right += _scaled(right_part, scale_a, scale_right_ring.index(place))
+            left += _scaled(left_part, scale_a, scale_left_ring.index(place))
+            turn += 1
+        store(left_out_desc, left_halves.index(HALF), left.to(left_out_desc.dtype), row, column)
+        store(right_out_desc, right_halves.index(HALF), right.to(right_out_desc.dtype), row, column + LEFT)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _scale_and_store(
-    acc,
-    scale_a_ptr,
-    scale_b_ptr,
-    out_desc,
-    out_tile,
-    row,
-    column,
-    num_rows,
-    num_columns,
-    HEIGHT: gl.constexpr,
-    WIDTH: gl.constexpr,
-    layout: gl.constexpr,
-):
-    rows = row + gl.arange(0, HEIGHT, gl.SliceLayout(1, layout))
-    columns = column + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    scale_a = gl.load(scale_a_ptr + rows, mask=rows < num_rows, other=0.0)
-    scale_b = gl.load(scale_b_ptr + columns, mask=columns < num_columns, other=0.0)
-    out = (acc * gl.expand_dims(scale_a, 1)) * gl.expand_dims(scale_b, 0)
-    store(out_desc, out_tile, out.to(out_desc.dtype), row, column)
+def _scaled(part, scale_a, scale_b):
+    """The sums of one block's products, times the scales of their rows and columns."""
+    rows: gl.constexpr = gl.SliceLayout(1, part.type.layout)
+    columns: gl.constexpr = gl.SliceLayout(0, part.type.layout)
+    return (part.to(gl.float32) * gl.expand_dims(scale_a.load(rows), 1)) * gl.expand_dims(scale_b.load(columns), 0)
 
 
 @gluon.jit(do_not_specialize=["num_summed"])
-def e4m3_wgmma_kernel(
+def blockwise_wgmma_kernel(
     a_desc,
     left_desc,
     right_desc,
+    scale_a_desc,
+    scale_left_desc,
+    scale_right_desc,
     left_out_desc,
     right_out_desc,
-    scale_a_ptr,
-    scale_b_ptr,
     num_rows,
     num_columns,
     num_summed,
@@ -232,11 +252,16 @@ def e4m3_wgmma_kernel(
     STEPS: gl.constexpr,
 ):
     gl.static_assert(LEAD < STAGES, "half 0 cannot be further ahead than there are stages")
+    HEIGHT: gl.constexpr = BLOCK_M // 2
+    PLACES: gl.constexpr = STAGES + 1
     a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], a_desc.layout)
     left_ring = gl.allocate_shared_memory(left_desc.dtype, [STAGES, LEFT, BLOCK_K], left_desc.layout)
     right_ring = gl.allocate_shared_memory(right_desc.dtype, [STAGES, RIGHT, BLOCK_K], right_desc.layout)
-    left_halves = gl.allocate_shared_memory(left_out_desc.dtype, [2, BLOCK_M // 2, LEFT], left_out_desc.layout)
-    right_halves = gl.allocate_shared_memory(right_out_desc.dtype, [2, BLOCK_M // 2, RIGHT], right_out_desc.layout)
+    scale_a_ring = gl.allocate_shared_memory(gl.float32, [2 * PLACES, HEIGHT], scale_a_desc.layout)
+    scale_left_ring = gl.allocate_shared_memory(gl.float32, [PLACES, LEFT], scale_left_desc.layout)
+    scale_right_ring = gl.allocate_shared_memory(gl.float32, [PLACES, RIGHT], scale_right_desc.layout)
+    left_halves = gl.allocate_shared_memory(left_out_desc.dtype, [2, HEIGHT, LEFT], left_out_desc.layout)
+    right_halves = gl.allocate_shared_memory(right_out_desc.dtype, [2, HEIGHT, RIGHT], right_out_desc.layout)
     loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     started = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -245,18 +270,20 @@ def e4m3_wgmma_kernel(
         mbarrier.init(free.index(stage), count=2)
     mbarrier.init(started, count=1)
     fence_async_shared()  # the TMA sees the barriers as they are now
-    shared = (a_ring, left_ring, right_ring, left_halves, right_halves, loaded, free, started)
+    operands = (a_ring, left_ring, right_ring)
+    scales = (scale_a_ring, scale_left_ring, scale_right_ring)
+    shared = (operands, scales, (left_halves, right_halves), (loaded, free, started))
     sizes = (num_rows, num_columns, num_summed)
-    pointers = (scale_a_ptr, scale_b_ptr)
+    operand_descs = (a_desc, left_desc, right_desc)
+    scale_descs = (scale_a_desc, scale_left_desc, scale_right_desc)
+    out_descs = (left_out_desc, right_out_desc)
     # Written out twice: a tuple that is given a name turns its constants into values of run time.
     gl.warp_specialize(
         [
-            (_multiply, (left_out_desc, right_out_desc, pointers, shared, sizes, 0, BLOCK_M, LEFT, RIGHT, BLOCK_K, STAGES,
-                         GROUP, LEAD, STEPS)),
-            (_multiply, (left_out_desc, right_out_desc, pointers, shared, sizes, 1, BLOCK_M, LEFT, RIGHT, BLOCK_K, STAGES,
-                         GROUP, LEAD, STEPS)),
-            (_load, (a_desc, left_desc, right_desc, shared, sizes, BLOCK_M, LEFT, RIGHT, BLOCK_K, STAGES, GROUP)),
+            (_multiply, (out_descs, shared, sizes, 0, BLOCK_M, LEFT, RIGHT, BLOCK_K, STAGES, GROUP, LEAD, STEPS)),
+            (_multiply, (out_descs, shared, sizes, 1, BLOCK_M, LEFT, RIGHT, BLOCK_K, STAGES, GROUP, LEAD, STEPS)),
+            (_load, (operand_descs, scale_descs, shared, sizes, BLOCK_M, LEFT, RIGHT, BLOCK_K, STAGES, GROUP, STEPS)),
         ],
         [4, 1],
         [232, 40],
-    )  # fmt: skip
+    )

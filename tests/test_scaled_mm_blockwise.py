@@ -1,0 +1,170 @@
+"""scaled_mm_blockwise: sums over tokens, exact within a block, blocks added in float32 in their order."""
+
+import pytest
+import torch
+
+from swcompile.kernels.quantize_blockwise import quantize_blockwise_transpose
+from swcompile.kernels.scaled_mm_blockwise import (
+    SCALED_MM_BLOCKWISE,
+    scaled_mm_blockwise,
+    scaled_mm_blockwise_reference,
+    scaled_mm_blockwise_triton,
+    scaled_mm_blockwise_work,
+)
+from swcompile.kernels.scaled_mm_kernels import (
+    HOPPER_BLOCKWISE_CANDIDATES,
+    POINTER_BLOCKWISE_CANDIDATES,
+    TMA_BLOCKWISE_CANDIDATES,
+    MatmulConfig,
+    candidates,
+    fits_tma,
+    has_wgmma,
+    launcher,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernels run in Triton's interpreter on the latter
+DTYPES = [torch.float16, torch.float32]
+CONFIGS = [*HOPPER_BLOCKWISE_CANDIDATES, *TMA_BLOCKWISE_CANDIDATES, *POINTER_BLOCKWISE_CANDIDATES]
+
+
+def operands(num_rows: int, num_columns: int, num_summed: int) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    sizes = num_rows, num_columns
+    quantized = [torch.randint(-127, 128, (size, num_summed), dtype=torch.int8, device=DEVICE) for size in sizes]
+    return *quantized, *[torch.rand(-(-num_summed // 1024), size, device=DEVICE) * 0.01 for size in sizes]
+
+
+def in_float64(a_q: torch.Tensor, b_q: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor) -> torch.Tensor:
+    a, b = (
+        q.double() * scale.t().repeat_interleave(1024, 1)[:, : q.shape[1]] for q, scale in ((a_q, scale_a), (b_q, scale_b))
+    )
+    return a @ b.t()
+
+
+# multiples of 16 bytes, which the TMA kernel wants, and others; of one block, of several, and of none
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 13), (70, 144, 160), (9, 24, 2064), (33, 8, 1025), (3, 16, 0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_equals_reference(shape, dtype):
+    arguments = operands(*shape)
+    actual, expected = scaled_mm_blockwise_triton(*arguments, dtype), scaled_mm_blockwise_reference(*arguments, dtype)
+    assert actual.dtype == dtype and actual.is_contiguous() and actual.shape == shape[:2]
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("shape", [(70, 144, 160), (9, 24, 2064)])
+def test_reference_is_the_sum_to_float32_rounding(shape):
+    arguments = operands(*shape)
+    exact = in_float64(*arguments)
+    out = scaled_mm_blockwise_reference(*arguments, torch.float32)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-6 * exact.abs().max().item())
+
+
+def test_a_block_may_be_as_large_as_float32_holds():
+    a_q = torch.full((1, 1024), 127, dtype=torch.int8, device=DEVICE)
+    a_q[0, 0] = 126
+    ones = torch.ones(1, 1, device=DEVICE)
+    for function in (scaled_mm_blockwise_reference, scaled_mm_blockwise_triton):
+        assert function(a_q, a_q, ones, ones, torch.float32).item() == 1023 * 127**2 + 126**2
+
+
+def check_configuration(config: MatmulConfig, *shape: int, dtype: torch.dtype) -> None:
+    arguments = operands(*shape)
+    out = torch.full(shape[:2], torch.nan, dtype=dtype, device=DEVICE)
+    if config.kernel != "pointers" and not fits_tma(*arguments[:2], out):
+        pytest.skip("this GPU has no TMA")
+    if config.kernel == "wgmma" and not has_wgmma(out.device):
+        pytest.skip("needs a Hopper GPU; Triton's interpreter does not know Gluon")
+    expected = scaled_mm_blockwise_reference(*arguments, dtype)
+    tensors = *arguments, None, out
+    launch = launcher(config, *tensors, blockwise=True)
+    for _ in range(20 if DEVICE == "cuda" else 1):  # a race between copies and multiplications need not show at once
+        out.fill_(torch.nan)
+        launch(*tensors)
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_configuration_gives_the_same_bits(config):
+    check_configuration(config, 72, 272, 1168, dtype=torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("num_summed", [16, 2320])
+def test_every_configuration_on_many_tiles(config, num_summed):
+    # several tiles a program, partial tiles at both edges, and a K that is no multiple of a step, nor of a block
+    check_configuration(config, 5000, 2064, num_summed, dtype=torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [config for config in CONFIGS if config.kernel == "wgmma" and config.num_stages == 3])
+def test_float32_results(config):
+    check_configuration(config, 300, 400, 2000, dtype=torch.float32)
+
+
+def test_unaligned_scales():
+    *quantized, scale_a, scale_b = operands(40, 48, 1040)
+    shifted = torch.empty(scale_b.numel() + 1, device=DEVICE)[1:].view(scale_b.shape).copy_(scale_b)
+    out = scaled_mm_blockwise(*quantized, scale_a, shifted, torch.float32)
+    assert torch.equal(out, scaled_mm_blockwise_reference(*quantized, scale_a, scale_b, torch.float32))
+
+
+def test_layouts_that_no_kernel_reads():
+    a_q, b_q, scale_a, scale_b = operands(40, 48, 1040)
+    transposed = a_q.t().contiguous().t(), b_q, scale_a.t().contiguous().t(), scale_b
+    expected = scaled_mm_blockwise_reference(a_q, b_q, scale_a, scale_b, torch.float32)
+    assert torch.equal(scaled_mm_blockwise_triton(*transposed, torch.float32), expected)
+
+
+def test_a_scale_of_nan_is_seen():
+    a_q, b_q, scale_a, scale_b = operands(4, 6, 2048)
+    scale_a[1, 2] = torch.nan
+    for function in (scaled_mm_blockwise_reference, scaled_mm_blockwise_triton):
+        out = function(a_q, b_q, scale_a, scale_b, torch.float32)
+        assert out.isnan().all(1).tolist() == [False, False, True, False]
+
+
+def test_a_gradient_of_quantised_operands():
+    torch.manual_seed(0)
+    sizes = torch.rand(1500, 1, device=DEVICE).mul(6).exp2()  # tokens of many magnitudes
+    gradient, x = (torch.randn(1500, width, device=DEVICE) * sizes for width in (48, 64))
+    (a_q, scale_a), (b_q, scale_b) = quantize_blockwise_transpose(gradient), quantize_blockwise_transpose(x)
+    out = scaled_mm_blockwise(a_q, b_q, scale_a, scale_b, torch.float32)
+    exact = gradient.double().t() @ x.double()
+    error = (out - exact).norm() / exact.norm()
+    assert 0.001 < error < 0.03
+
+
+def test_candidates():
+    device = torch.device(DEVICE)
+    small, large = (64, 64), (65536, 4096)
+    for tma_fits in (False, True):
+        configs = candidates(device, tma_fits, *small, blockwise=True)
+        assert 0 < len(configs) <= 8 and set(configs) <= set(CONFIGS)
+        assert candidates(device, tma_fits, *large, blockwise=True) == [c for c in configs if min(c.block_m, c.block_n) >= 128]
+    assert (candidates(device, True, *large, blockwise=True)[0].kernel == "wgmma") == has_wgmma(device)
+
+
+def test_user_errors():
+    a, b, scale_a, scale_b = operands(4, 6, 16)
+    for arguments, message in (
+        ((a.float(), b, scale_a, scale_b, torch.float32), "must be int8"),
+        ((a, b[:, :8], scale_a, scale_b, torch.float32), "a_q sums over K=16, but b_q over 8"),
+        ((a, b, scale_a[:0], scale_b, torch.float32), r"scale_a is \(0, 4\), but must be \(1, 4\): a row for each 1024 products"),
+        ((a, b, scale_a, scale_b.t(), torch.float32), r"scale_b is \(6, 1\), but must be \(1, 6\)"),
+        ((a, b, scale_a, scale_b, torch.float64), "out_dtype is torch.float64"),
+        ((a, b, scale_a.double(), scale_b, torch.float32), "scales must be float32"),
+        ((a[0], b, scale_a, scale_b, torch.float32), "must have 2 dimensions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scaled_mm_blockwise(*arguments)
+
+
+@pytest.mark.parametrize("num_summed", [32, 1040])
+def test_opcheck(num_summed):
+    torch.library.opcheck(SCALED_MM_BLOCKWISE, (*operands(5, 16, num_summed), torch.bfloat16))
+
+
+def test_work():
+    expected = 2 * 2 * 3 * 1040, (2 + 3) * 1040 + 2 * 3 * 2 + 2 * 4 * (2 + 3)
+    assert scaled_mm_blockwise_work(2, 3, 1040, 2) == expected
