@@ -1,9 +1,10 @@
 # mypy: allow-untyped-defs
 """`scaled_mm_blockwise` for Hopper (compute capability 9.0), written in Gluon: sums in float32 beside the multiplications.
 
-The sums of a block's products, which are int32, are scaled and added to others in float32. The three roles are those of `scaled_mm_wgmma`: while one half of the tile adds, the other half has the tensor cores. Two sets of
-sums leave registers for 192 columns, which no tensor of Triton's has: a tile is 128 columns, and 64 more on the right;
-and none for the scales of the next block, which wait in shared memory.
+The sums of a block's products, which are int32, are scaled and added to others in float32. The three roles are those of
+`scaled_mm_wgmma`: while one half of the tile adds, the other half has the tensor cores. Two sets of sums leave registers
+for 192 columns, which no tensor of Triton's has: a tile is 128 columns, and 64 more on the right; and none for the scales
+of the next block, which wait in shared memory.
 Shapes: M rows of A, N rows of B, K the summed dimension.
 """
 
