@@ -283,3 +283,15 @@ def test_a_sum_over_tokens_has_its_own_rates(monkeypatch: pytest.MonkeyPatch) ->
         )
         expected = seconds / (2 * 1024 * 512 * 256 / rate + RATES.kernel + quantize)
         assert decision.speedup == pytest.approx(expected, rel=1e-6)
+
+
+def test_where_the_host_would_be_the_bottleneck_launches_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = dataclasses.replace(RATES, quantize=1e14, quantize_columns=1e14, kernel=1e-9)
+    monkeypatch.setattr(cost, "device_rates", lambda *of: rates)
+    model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(8)])
+    # In int8 a matmul of 66 tokens takes the device 4 us, and the host 7 to launch it and 2 for what comes between.
+    for tokens, in_int8 in ((66, 0), (4096, 8)):
+        report = swcompile.explain(model, torch.ones(tokens, 256), include="*")
+        assert report.num_rewritten(Role.OUTPUT) == in_int8
+        reasons = [d.reason for d in report.decisions if d.role is Role.OUTPUT and not d.rewritten]
+        assert all("time to launch" in reason for reason in reasons)
