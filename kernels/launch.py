@@ -98,9 +98,9 @@ def require_supported_gpu(index: int) -> None:
         raise RuntimeError(MISSING_TRITON)
     facts = device_facts(torch.device("cuda", index))
     if facts.capability < OLDEST_CAPABILITY:
-        found = ".".join(map(str, facts.capability))
+        wanted, found = (".".join(map(str, capability)) for capability in (OLDEST_CAPABILITY, facts.capability))
         raise RuntimeError(
-            "swcompile's int8 kernels need compute capability 8.0 (Ampere) or later; "
+            f"swcompile's int8 kernels need compute capability {wanted} (Ampere) or later; "
             f"{facts.name} (cuda:{index}) has {found}. Run on a newer GPU, or compile the model with the default backend."
         )
 

@@ -39,10 +39,21 @@ def define_op(
     A GPU without int8 tensor cores is an error.
     """
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    LIBRARY.impl(name, reference, "CPU")
+    LIBRARY.impl(name, _without_autocast(reference), "CPU")
     LIBRARY.impl(name, _on_device_of_first_argument(cuda), "CUDA")
     torch.library.register_fake(f"swcompile::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.swcompile, name).default
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A reference's float32 matmuls are exact in float32 alone."""
+
+    @wraps(function)
+    def run(*arguments: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return function(*arguments)
+
+    return run
 
 
 def _on_device_of_first_argument(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -63,7 +63,7 @@ def scaled_mm_reference(
     """`scaled_mm` in plain PyTorch, bit for bit."""
     _check_dtypes(a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N, out_dtype)
     _check_shapes(a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N)
-    out_MN = _accumulate(a_q_MK, b_q_NK).mul_(scale_a_M1).mul_(scale_b.t())
+    out_MN = accumulate(a_q_MK, b_q_NK).mul_(scale_a_M1).mul_(scale_b.t())
     if bias_N is not None:
         out_MN.add_(bias_N.float())
     return out_MN.to(out_dtype)
@@ -140,7 +140,7 @@ TUNER: Tuner[MatmulConfig] = Tuner(
 )
 
 
-def _accumulate(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
+def accumulate(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
     """``a @ b.T`` of int8, exact, then as float32: rounded once, where a sum exceeds 2^24."""
     (num_rows, num_summed), num_columns = a_MK.shape, b_NK.shape[0]
     if a_MK.device.type == "cpu":

@@ -13,7 +13,7 @@ from swcompile.kernels import scaled_mm_kernels
 from swcompile.kernels.int8 import BLOCK_ROWS, num_blocks
 from swcompile.kernels.launch import Plans, empty, nothing
 from swcompile.kernels.library import Work, define_op
-from swcompile.kernels.scaled_mm import OUTPUT_DTYPES, scaled_mm_work
+from swcompile.kernels.scaled_mm import OUTPUT_DTYPES, accumulate, scaled_mm_work
 from swcompile.kernels.scaled_mm_kernels import MARGIN, MatmulConfig, candidates, fits_tma, launcher
 from swcompile.kernels.tuning import Tuner, bucket
 
@@ -60,8 +60,7 @@ def scaled_mm_blockwise_reference(
     out_MN = a_q_MK.new_zeros((a_q_MK.shape[0], b_q_NK.shape[0]), dtype=torch.float32)
     for block, (scale_a_M, scale_b_N) in enumerate(zip(scale_a_BM, scale_b_BN, strict=True)):
         summed = slice(block * BLOCK_ROWS, (block + 1) * BLOCK_ROWS)
-        product_MN = a_q_MK[:, summed].float() @ b_q_NK[:, summed].float().t()  # exact: see BLOCK_ROWS
-        out_MN += product_MN.mul_(scale_a_M[:, None]).mul_(scale_b_N)
+        out_MN += accumulate(a_q_MK[:, summed], b_q_NK[:, summed]).mul_(scale_a_M[:, None]).mul_(scale_b_N)
     return out_MN.to(out_dtype)
 
 
@@ -154,7 +153,8 @@ def _check_shapes(a_q: torch.Tensor, b_q: torch.Tensor, scale_a: torch.Tensor, s
         expected = (num_blocks(num_summed), size)
         if scale.shape != expected:
             raise ValueError(
-                f"scaled_mm_blockwise: {name} is {tuple(scale.shape)}, but must be {expected}: a row for each {BLOCK_ROWS} products"
+                f"scaled_mm_blockwise: {name} is {tuple(scale.shape)}, but must be {expected}: "
+                f"a row for each {BLOCK_ROWS} products"
             )
 
 

@@ -76,7 +76,7 @@ POINTER_CANDIDATES = [
 ]
 
 
-def _has_two_sums(config: MatmulConfig) -> bool:
+def _has_room_for_two_sums(config: MatmulConfig) -> bool:
     """Whether a thread has registers for two sums of each of its elements: that of a block, and that of all blocks."""
     return config.block_m * config.block_n <= 64 * 32 * config.num_warps
 
@@ -87,8 +87,8 @@ HOPPER_BLOCKWISE_CANDIDATES = [
     MatmulConfig("wgmma", 128, 192, 128, 4, 3, lead=1),
 ]
 """Of 192 columns. For float32 results there is room for three stages."""
-TMA_BLOCKWISE_CANDIDATES = [config for config in TMA_CANDIDATES if _has_two_sums(config)]
-POINTER_BLOCKWISE_CANDIDATES = [config for config in POINTER_CANDIDATES if _has_two_sums(config)]
+TMA_BLOCKWISE_CANDIDATES = [config for config in TMA_CANDIDATES if _has_room_for_two_sums(config)]
+POINTER_BLOCKWISE_CANDIDATES = [config for config in POINTER_CANDIDATES if _has_room_for_two_sums(config)]
 
 
 @cache

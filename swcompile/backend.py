@@ -95,7 +95,7 @@ def switchback(
 def _cost_identity(gm: fx.GraphModule, inputs: Sequence[Any], names: Iterable[int], recipe: Recipe) -> str:
     """What the cost rule's decisions rest on, besides the graph: the devices' rates, and hints of symbolic sizes."""
     devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
-    rates = rates_fingerprint(devices, _dtypes(gm, devices, names), by_block=recipe.grad_weight is not None and recipe.grad_weight.is_by_block)
+    rates = rates_fingerprint(devices, _dtypes(gm, devices, names), recipe.scales_by_block)
     return repr((rates, size_buckets(_symbolic(gm, inputs))))
 
 

@@ -130,31 +130,32 @@ def predict_speedups(
     dtypes = {candidate.matmul.node.meta["val"].dtype for candidate in candidates}  # the device is measured for these
     rest = [_original(matmul, rates) for matmul in others if matmul.node.meta["val"].dtype in dtypes]
     device = sum(t.quantized for t in times) + sum(seconds for seconds, _ in rest)
-    host = sum(t.quantized_host for t in times) + sum(seconds for _, seconds in rest)
+    host = sum(t.quantized_host for t in times) + sum((1 + _BETWEEN) * launch for _, launch in rest)
     if host <= device or inductor_config.triton.cudagraphs:
         return [Prediction(t.original / t.quantized) for t in times]
     return [t.with_launches() for t in times]
 
 
 def _original(matmul: Matmul, rates: DeviceRates | None) -> tuple[float, float]:
-    """Seconds that the device and the host spend on a matmul as it is."""
+    """Seconds that a matmul takes the device as it is, and the host to launch it."""
     value = matmul.node.meta["val"]
     rates = rates or device_rates(value.device, value.dtype)
     m, n, k = _shape(matmul)
     work = Work(flops=2 * m * n * k, bytes=value.dtype.itemsize * (m * k + n * k + m * n))
     seconds = max(work.flops / rates.matmul + m * n * rates.output, work.bytes / rates.quantize)
-    return seconds + rates.kernel, (1 + _BETWEEN) * rates.matmul_call
+    return seconds + rates.kernel, rates.matmul_call
 
 
 _BETWEEN = 2.0
 """Kernels that the host launches between two matmuls, of norms, attention and activations; their time on the device is not
-counted. 12 layers of an encoder took the host 84 us a matmul, of which a launch took 24."""
+counted. A step of an encoder took the host as long as two and a half for each matmul; one that quantises takes the place of
+some of them, and is counted as well."""
 
 
 def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     matmul, gemm, sharers, is_fused, weight_passes, scale_sharers = candidate
     value = matmul.node.meta["val"]
-    original, original_host = _original(matmul, rates)
+    original, launch = _original(matmul, rates)
     rates = rates or device_rates(value.device, value.dtype, gemm.is_by_block)
     m, n, k = _shape(matmul)
     itemsize = value.dtype.itemsize
@@ -194,9 +195,9 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
         + rates.kernel
         + quantize_other / sharers
         + quantize_weight / weight_passes,
-        original_host=original_host,
+        original_host=(1 + _BETWEEN) * launch,
         quantized_host=(1 + activation_launches / sharers + weight_kernels / weight_passes) * rates.quantize_call
-        + _BETWEEN * rates.matmul_call,
+        + _BETWEEN * launch,
     )
 
 
@@ -238,8 +239,10 @@ def _symbol_hint(symbol: sympy.Symbol, shape_env: ShapeEnv) -> int:
 
 
 def device_rates(device: torch.device, dtype: torch.dtype, by_block: bool = False) -> DeviceRates:
-    """Rates of a device for a dtype, and for int8 with scales by block or without. Measured once (a second or two, and kernel tuning), then read from a file in
-    Inductor's cache folder, where the first process to write decides for all that share it.
+    """Rates of a device for a dtype, and for int8 with scales by block or without.
+
+    Measured once (a second or two, and kernel tuning), then read from a file in Inductor's cache folder, where the first
+    process to write decides for all that share it.
 
     The rates are those of the device's model: GPUs of one name get the same, so ranks decide alike.
     """
@@ -259,7 +262,7 @@ _known: dict[str, DeviceRates] = {}
 
 
 def rates_fingerprint(
-    devices: Iterable[torch.device], dtypes: Iterable[torch.dtype], *, by_block: bool = False
+    devices: Iterable[torch.device], dtypes: Iterable[torch.dtype], by_block: bool = False
 ) -> str:
     """What a cache key needs of the rates on which decisions rest, those by block included or not."""
     measured = {device for device in devices if device.type in ("cpu", "cuda")}

@@ -105,7 +105,7 @@ class Recipe:
         for role in ("output", "grad_input"):
             gemm = getattr(self, role)
             if gemm is not None and gemm.is_by_block:
-                raise ValueError(f"Recipe: {role} has scales by block, but only grad_weight, which sums over tokens, can have them")
+                raise ValueError(f"Recipe: {role} has scales by block, but only grad_weight can have them")
         for flag in ("save_int8_activations", "strict", "skip_slower"):
             _check(f"Recipe: {flag}", getattr(self, flag), bool, "True or False")
         _check("Recipe: fuse", self.fuse, (bool, type(None)), "True, False or None")
@@ -117,6 +117,11 @@ class Recipe:
             if not isinstance(value, tuple) or not all(isinstance(pattern, str) for pattern in value):
                 example = (value,) if isinstance(value, str) else ("blocks.*", "head.weight")
                 raise ValueError(f"Recipe: {field} is {value!r}, but must be a tuple of globs, such as {example!r}")
+
+    @property
+    def scales_by_block(self) -> bool:
+        """Whether it rewrites a matmul with scales for blocks of what is summed."""
+        return self.grad_weight is not None and self.grad_weight.is_by_block
 
     def format_of(self, role: Role) -> GemmFormat | None:
         """The format for matmuls of that role, or None to leave them."""
@@ -174,7 +179,8 @@ def switchback_full() -> Recipe:
     """SwitchBack with the weight's gradient in int8, too, with a scale for each channel and block of 1024 tokens.
 
     The paper keeps this matmul in 16 bit, as int8 with a scale a tensor can lose most of a gradient. With these scales
-    it loses 2 to 3 % of a layer's, and 28 % where that lost 65 % (`benchmarks/grad_weight_error.py`).
+    it loses 2 to 3 % of a layer's, and 28 % where that lost 65 %, over up to 2,176 tokens
+    (`benchmarks/grad_weight_error.py`).
     """
     grad_weight = GemmFormat(weight=Scaling.BLOCK, other=Scaling.BLOCK)
     return dataclasses.replace(switchback(), name="switchback_full", grad_weight=grad_weight)

@@ -285,6 +285,18 @@ def test_a_sum_over_tokens_has_its_own_rates(monkeypatch: pytest.MonkeyPatch) ->
         assert decision.speedup == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_kernel_that_also_computes_what_it_quantises_takes_the_host_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = dataclasses.replace(RATES, quantize_call=1e-3)  # all else is less than that
+    monkeypatch.setattr(cost, "device_rates", lambda *of: rates)
+    model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256))
+    speedups = {}
+    for fuse in (True, False):
+        report = swcompile.explain(model, torch.ones(64, 256), include="*", fuse=fuse)
+        (decision,) = (d for d in report.decisions if (d.parameter, d.role) == ("2.weight", Role.OUTPUT))
+        speedups[fuse] = decision.speedup
+    assert speedups[True] == speedups[False] == pytest.approx((2 * 64 * 512 * 256 / 1e12 + 1e-6) / 3.502e-3, rel=1e-6)
+
+
 def test_where_the_host_would_be_the_bottleneck_launches_count(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = dataclasses.replace(RATES, quantize=1e14, quantize_columns=1e14, kernel=1e-9)
     monkeypatch.setattr(cost, "device_rates", lambda *of: rates)

@@ -213,6 +213,13 @@ def test_the_longest_sum_that_an_int32_holds_is_rewritten() -> None:
     assert forward.rewritten and forward.shape == (1, 2, MAX_K)
 
 
+def test_sums_over_more_tokens_than_an_int32_holds_are_rewritten_by_block() -> None:
+    for recipe, rewritten in (("llm_int8", False), ("switchback_full", True)):
+        _, decisions = rewrite(nn.Linear(2, 2, bias=False), torch.ones(MAX_K + 1, 2), recipe=recipe)
+        (of_weight,) = (d for d in decisions if d.role is Role.GRAD_WEIGHT)
+        assert of_weight.rewritten == rewritten and of_weight.shape == (2, 2, MAX_K + 1)
+
+
 def test_matrix_vector_products_are_left() -> None:
     parameters = {"weight": torch.randn(OUT, IN), "bias": torch.randn(OUT)}
     model = Model(lambda m, x: torch.addmv(m.bias, m.weight, x), **parameters)

@@ -293,3 +293,12 @@ def test_cuda_graph():
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("has_vnni", [False, True])
+def test_autocast_changes_nothing(has_vnni, monkeypatch):
+    monkeypatch.setattr(module, "_cpu_multiplies_int8", lambda: has_vnni)
+    arguments = (*random_operands(33, 40, 500, device="cpu"), None, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = scaled_mm(*arguments)
+    assert torch.equal(out, scaled_mm_reference(*arguments))

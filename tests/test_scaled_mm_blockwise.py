@@ -97,6 +97,25 @@ def test_every_configuration_on_many_tiles(config, num_summed):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("config", HOPPER_BLOCKWISE_CANDIDATES)
+@pytest.mark.parametrize("num_summed", [16, 128, 1040])
+def test_scales_wait_in_a_ring_that_is_long_enough(config, num_summed):
+    # one program for all tiles: blocks of one step, so many in flight as there are stages, and the ring goes round often
+    if not has_wgmma(torch.device(DEVICE)):
+        pytest.skip("needs a Hopper GPU")
+    from swcompile.kernels.scaled_mm_blockwise_wgmma import blockwise_wgmma_launcher
+
+    arguments = operands(1000, 2064, num_summed)
+    expected = scaled_mm_blockwise_reference(*arguments, torch.bfloat16)
+    out = torch.empty_like(expected)
+    launch = blockwise_wgmma_launcher(config, 1, *arguments[:2])
+    for _ in range(20):
+        out.fill_(torch.nan)
+        launch(*arguments, None, out)
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("config", [config for config in CONFIGS if config.kernel == "wgmma" and config.num_stages == 3])
 def test_float32_results(config):
     check_configuration(config, 300, 400, 2000, dtype=torch.float32)
@@ -114,6 +133,27 @@ def test_layouts_that_no_kernel_reads():
     transposed = a_q.t().contiguous().t(), b_q, scale_a.t().contiguous().t(), scale_b
     expected = scaled_mm_blockwise_reference(a_q, b_q, scale_a, scale_b, torch.float32)
     assert torch.equal(scaled_mm_blockwise_triton(*transposed, torch.float32), expected)
+
+
+def test_autocast_changes_nothing():
+    arguments = (*operands(40, 48, 1040), torch.float32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = scaled_mm_blockwise(*arguments)
+    assert torch.equal(out, scaled_mm_blockwise_reference(*arguments))
+
+
+def test_tokens_that_change():
+    layer = torch.nn.Linear(32, 16).to(DEVICE)
+    options = {"recipe": "switchback_full", "include": "*", "skip_slower": False}
+    compiled = torch.compile(layer, backend="switchback", dynamic=True, options=options)
+    for tokens in (20, 1025):
+        torch.manual_seed(tokens)
+        x, tangent = (torch.randn(tokens, width, device=DEVICE) for width in (32, 16))
+        layer.zero_grad()
+        compiled(x).backward(tangent)
+        (a_q, scale_a), (b_q, scale_b) = quantize_blockwise_transpose(tangent), quantize_blockwise_transpose(x)
+        expected = scaled_mm_blockwise(a_q, b_q, scale_a, scale_b, torch.float32)
+        assert torch.equal(layer.weight.grad, expected)
 
 
 def test_a_scale_of_nan_is_seen():
