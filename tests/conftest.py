@@ -16,11 +16,11 @@ from filelock import FileLock
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
-from processes import write_scalar_code
+from processes import compile_quickly
 
 from swcompile import backend
 
-write_scalar_code()
+compile_quickly()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import leave, run_in_processes, write_scalar_code
+from processes import leave, run_in_processes, compile_quickly
 from test_backend import EVERY, Model
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,7 +20,7 @@ WIDTH = 384  # more than one of DDP's smallest buckets: Dynamo splits the graph 
 def train(rank: int, world: int, folder: str, wrap: str) -> None:
     """Train on this rank's share of each batch and leave the parameters and the number of int8 matmuls in a file."""
     torch.set_num_threads(1)
-    write_scalar_code()
+    compile_quickly()
     torch.manual_seed(0)
     model: Any = Model(num_blocks=2, width=WIDTH)
     options = {"backend": "switchback", "options": EVERY}

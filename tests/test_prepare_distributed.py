@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import leave, run_in_processes, write_scalar_code
+from processes import leave, run_in_processes, compile_quickly
 from test_prepare import WIDTH, Written, encoder_layer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -77,7 +77,7 @@ def train(rank: int, world: int, wrap: str, is_compiled: bool) -> dict[str, torc
 def train_all(rank: int, world: int, folder: str) -> None:
     """Leave each way's parameters in a file of this rank; the first one also what one process gets from all data."""
     torch.set_num_threads(1)
-    write_scalar_code()
+    compile_quickly()
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
     states = {}
     if rank == 0:  # the other one waits, and finds compiled what this one has compiled
