@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import leave, run_in_processes, compile_quickly
+from processes import compile_quickly, leave, run_in_processes
 from test_backend import EVERY, Model
 from torch.nn.parallel import DistributedDataParallel
 

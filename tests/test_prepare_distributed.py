@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import leave, run_in_processes, compile_quickly
+from processes import compile_quickly, leave, run_in_processes
 from test_prepare import WIDTH, Written, encoder_layer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
