@@ -61,7 +61,7 @@ def scaled_mm_reference(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """`scaled_mm` in plain PyTorch, bit for bit."""
-    _check_dtypes(a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N, out_dtype)
+    check_dtypes("scaled_mm", a_q_MK, b_q_NK, scale_a_M1, scale_b, out_dtype, bias_N)
     _check_shapes(a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N)
     out_MN = accumulate(a_q_MK, b_q_NK).mul_(scale_a_M1).mul_(scale_b.t())
     if bias_N is not None:
@@ -114,7 +114,7 @@ def _prepare(
 ) -> Callable[..., None] | None:
     """Launches the kernel on the five operands and the result; None where one must be laid out anew."""
     operands = a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N
-    _check_dtypes(*operands, out_dtype)
+    check_dtypes("scaled_mm", a_q_MK, b_q_NK, scale_a_M1, scale_b, out_dtype, bias_N)
     _check_shapes(*operands)
     if not all(t is None or t.is_contiguous() for t in operands):
         return None
@@ -175,25 +175,34 @@ def _cpu_multiplies_int8() -> bool:
     return bool(torch.cpu.get_capabilities().get("avx512_vnni", False))
 
 
-def _check_dtypes(
+def check_dtypes(
+    op: str,
     a_q: torch.Tensor,
     b_q: torch.Tensor,
     scale_a: torch.Tensor,
     scale_b: torch.Tensor,
-    bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
 ) -> None:
     """Raise `ValueError` on a wrong dtype or rank. Looks at no size: sizes may be symbolic."""
     if a_q.dtype != torch.int8 or b_q.dtype != torch.int8:
-        raise ValueError(f"scaled_mm: a_q and b_q must be int8, got {a_q.dtype} and {b_q.dtype}")
+        raise ValueError(f"{op}: a_q and b_q must be int8, got {a_q.dtype} and {b_q.dtype}")
     if scale_a.dtype != torch.float32 or scale_b.dtype != torch.float32:
-        raise ValueError(f"scaled_mm: scales must be float32, got {scale_a.dtype} and {scale_b.dtype}")
-    if {a_q.dim(), b_q.dim(), scale_a.dim(), scale_b.dim()} != {2} or (bias is not None and bias.dim() != 1):
-        raise ValueError("scaled_mm: a_q, b_q and both scales must have 2 dimensions, and bias 1")
+        raise ValueError(f"{op}: scales must be float32, got {scale_a.dtype} and {scale_b.dtype}")
+    if {a_q.dim(), b_q.dim(), scale_a.dim(), scale_b.dim()} != {2}:
+        raise ValueError(f"{op}: a_q, b_q and both scales must have 2 dimensions")
+    if bias is not None and bias.dim() != 1:
+        raise ValueError(f"{op}: bias has {bias.dim()} dimensions, but must have 1")
     if bias is not None and not bias.dtype.is_floating_point:
-        raise ValueError(f"scaled_mm: bias must be floating point, got {bias.dtype}")
+        raise ValueError(f"{op}: bias must be floating point, got {bias.dtype}")
     if out_dtype not in OUTPUT_DTYPES:
-        raise ValueError(f"scaled_mm: out_dtype is {out_dtype}, but must be bfloat16, float16 or float32")
+        raise ValueError(f"{op}: out_dtype is {out_dtype}, but must be bfloat16, float16 or float32")
+
+
+def check_summed(op: str, a_q: torch.Tensor, b_q: torch.Tensor) -> None:
+    """Raise `ValueError` unless both operands sum over as many products."""
+    if a_q.shape[1] != b_q.shape[1]:
+        raise ValueError(f"{op}: a_q sums over K={a_q.shape[1]}, but b_q over {b_q.shape[1]}; b_q is [N, K]")
 
 
 def _check_shapes(
@@ -203,11 +212,8 @@ def _check_shapes(
     scale_b: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> None:
+    check_summed("scaled_mm", a_q, b_q)
     (num_rows, num_summed), num_columns = a_q.shape, b_q.shape[0]
-    if b_q.shape[1] != num_summed:
-        raise ValueError(
-            f"scaled_mm: a_q sums over K={num_summed}, but b_q over {b_q.shape[1]}; b_q is [N, K]"
-        )
     if num_summed > MAX_K:
         raise ValueError(f"scaled_mm: K={num_summed} may overflow int32; split the sum at {MAX_K} or below")
     if scale_a.shape != (num_rows, 1):
@@ -228,7 +234,7 @@ def _fake(
     bias_N: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    _check_dtypes(a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N, out_dtype)
+    check_dtypes("scaled_mm", a_q_MK, b_q_NK, scale_a_M1, scale_b, out_dtype, bias_N)
     return a_q_MK.new_empty((a_q_MK.shape[0], b_q_NK.shape[0]), dtype=out_dtype)
 
 

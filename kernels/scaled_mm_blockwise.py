@@ -13,7 +13,7 @@ from swcompile.kernels import scaled_mm_kernels
 from swcompile.kernels.int8 import BLOCK_ROWS, num_blocks
 from swcompile.kernels.launch import Plans, empty, nothing
 from swcompile.kernels.library import Work, define_op
-from swcompile.kernels.scaled_mm import OUTPUT_DTYPES, accumulate, scaled_mm_work
+from swcompile.kernels.scaled_mm import accumulate, check_dtypes, check_summed, scaled_mm_work
 from swcompile.kernels.scaled_mm_kernels import MARGIN, MatmulConfig, candidates, fits_tma, launcher
 from swcompile.kernels.tuning import Tuner, bucket
 
@@ -55,7 +55,7 @@ def scaled_mm_blockwise_reference(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """`scaled_mm_blockwise` in plain PyTorch, bit for bit."""
-    _check_dtypes(a_q_MK, b_q_NK, scale_a_BM, scale_b_BN, out_dtype)
+    check_dtypes("scaled_mm_blockwise", a_q_MK, b_q_NK, scale_a_BM, scale_b_BN, out_dtype)
     _check_shapes(a_q_MK, b_q_NK, scale_a_BM, scale_b_BN)
     out_MN = a_q_MK.new_zeros((a_q_MK.shape[0], b_q_NK.shape[0]), dtype=torch.float32)
     for block, (scale_a_M, scale_b_N) in enumerate(zip(scale_a_BM, scale_b_BN, strict=True)):
@@ -97,7 +97,7 @@ def _prepare(
 ) -> Callable[..., None] | None:
     """Launches the kernel on the four operands, None and the result; None where an operand must be laid out anew."""
     operands = a_q_MK, b_q_NK, scale_a_BM, scale_b_BN
-    _check_dtypes(*operands, out_dtype)
+    check_dtypes("scaled_mm_blockwise", *operands, out_dtype)
     _check_shapes(*operands)
     if not all(t.is_contiguous() for t in operands):
         return None
@@ -131,24 +131,9 @@ TUNER: Tuner[MatmulConfig] = Tuner(
 )
 
 
-def _check_dtypes(
-    a_q: torch.Tensor, b_q: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, out_dtype: torch.dtype
-) -> None:
-    """Raise `ValueError` on a wrong dtype or rank. Looks at no size: sizes may be symbolic."""
-    if a_q.dtype != torch.int8 or b_q.dtype != torch.int8:
-        raise ValueError(f"scaled_mm_blockwise: a_q and b_q must be int8, got {a_q.dtype} and {b_q.dtype}")
-    if scale_a.dtype != torch.float32 or scale_b.dtype != torch.float32:
-        raise ValueError(f"scaled_mm_blockwise: scales must be float32, got {scale_a.dtype} and {scale_b.dtype}")
-    if {a_q.dim(), b_q.dim(), scale_a.dim(), scale_b.dim()} != {2}:
-        raise ValueError("scaled_mm_blockwise: a_q, b_q and both scales must have 2 dimensions")
-    if out_dtype not in OUTPUT_DTYPES:
-        raise ValueError(f"scaled_mm_blockwise: out_dtype is {out_dtype}, but must be bfloat16, float16 or float32")
-
-
 def _check_shapes(a_q: torch.Tensor, b_q: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor) -> None:
+    check_summed("scaled_mm_blockwise", a_q, b_q)
     (num_rows, num_summed), num_columns = a_q.shape, b_q.shape[0]
-    if b_q.shape[1] != num_summed:
-        raise ValueError(f"scaled_mm_blockwise: a_q sums over K={num_summed}, but b_q over {b_q.shape[1]}; b_q is [N, K]")
     for name, scale, size in (("scale_a", scale_a, num_rows), ("scale_b", scale_b, num_columns)):
         expected = (num_blocks(num_summed), size)
         if scale.shape != expected:
@@ -165,7 +150,7 @@ def _fake(
     scale_b_BN: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    _check_dtypes(a_q_MK, b_q_NK, scale_a_BM, scale_b_BN, out_dtype)
+    check_dtypes("scaled_mm_blockwise", a_q_MK, b_q_NK, scale_a_BM, scale_b_BN, out_dtype)
     return a_q_MK.new_empty((a_q_MK.shape[0], b_q_NK.shape[0]), dtype=out_dtype)
 
 

@@ -178,6 +178,7 @@ def test_cpu_with_and_without_int8_instructions(monkeypatch, num_summed):
         ({"scale_a": torch.ones(1, 4)}, r"scale_a is \(1, 4\), but must be \(4, 1\)"),
         ({"scale_a": torch.ones(4, 1).half()}, "scales must be float32"),
         ({"scale_b": torch.ones(4, 1)}, r"scale_b is \(4, 1\), but must be \(1, 1\) or \(6, 1\)"),
+        ({"bias": torch.ones(1, 6)}, "bias has 2 dimensions, but must have 1"),
         ({"bias": torch.ones(5)}, "bias has 5 elements for 6 columns"),
         ({"bias": torch.ones(6, dtype=torch.int32)}, "bias must be floating point"),
         ({"out_dtype": torch.int32}, "out_dtype is torch.int32"),
