@@ -259,8 +259,8 @@ def test_groups_dtypes_and_gradients_that_are_missing(device: str) -> None:
     order = [*params[::2], *params[1::2]]
     alone = [(copy.deepcopy(param), optimizer.param_groups[0 if i < 5 else 1]) for i, param in enumerate(order)]
     singles = [StableAdamW([p], lr=group["lr"], weight_decay=group["weight_decay"]) for p, group in alone]
-    for step in range(4):
-        give_gradients(order, step, dtype=torch.float32 if step < 2 else None)
+    for step in range(6):
+        give_gradients(order, step, dtype=torch.float32 if step < 3 else None)
         order[step % 3].grad = None
         for (param, _), member in zip(alone, order, strict=True):
             param.grad = None
@@ -272,7 +272,7 @@ def test_groups_dtypes_and_gradients_that_are_missing(device: str) -> None:
     for (param, _), member in zip(alone, order, strict=True):
         assert torch.equal(param, member)
     assert torch.equal(frozen, torch.ones_like(frozen)) and frozen not in optimizer.state
-    assert optimizer.state[order[0]]["step"] == 2 and optimizer.state[order[4]]["step"] == 4
+    assert optimizer.state[order[0]]["step"] == 4 and optimizer.state[order[4]]["step"] == 6
     assert not optimizer.skipped_steps().nan_to_num().any()
     frozen.requires_grad_()
     frozen.grad = torch.ones_like(frozen)
