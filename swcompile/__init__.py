@@ -14,6 +14,7 @@ from swcompile.passes.fuse_quantization import fuse_quantization
 from swcompile.passes.hold_weights import hold_weights
 from swcompile.passes.insert_layer_scale import insert_layer_scale
 from swcompile.passes.insert_qk_layernorm import insert_qk_layernorm
+from swcompile.passes.materialize_sines import materialize_sines
 from swcompile.passes.quantize_matmuls import quantize_matmuls
 from swcompile.passes.save_int8_activations import save_int8_activations
 from swcompile.pipeline import PassResult, format_graph, run_passes
@@ -54,6 +55,7 @@ __all__ = [
     "insert_qk_layernorm",
     "joint_passes",
     "make_recipe",
+    "materialize_sines",
     "merge_layer_scale",
     "post_grad_passes",
     "prepare",

@@ -1,5 +1,6 @@
 """The interpreter for Triton kernels where there is no GPU, and the `gpu` marker."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from processes import compile_quickly
 from swcompile import backend
 
 compile_quickly()
+# PyTorch writes a trace of all compilations where somebody wants it, and pytest puts a handler on every logger like this one.
+logging.getLogger("torch.__trace").propagate = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,18 +12,20 @@ from unittest import mock
 
 import torch
 import torch.multiprocessing as mp
+import triton.language as tl
 from torch._dynamo import guards
 from torch._inductor import config
+from triton.runtime import interpreter
 
-multiprocessing.set_forkserver_preload(["torch._inductor.compile_fx", "torch.distributed.fsdp"])
+multiprocessing.set_forkserver_preload(["tests.preloaded"])
 _START_METHOD = "spawn" if torch.cuda.is_available() else "forkserver"  # CUDA does not outlive a fork
 
 
 def run_in_processes(function: Callable[..., None], arguments: tuple[Any, ...], num_processes: int = 1) -> None:
     """Run ``function(rank, *arguments)`` in new processes and wait for them; an error of theirs is raised here.
 
-    Without a GPU they are forked from a process that has imported PyTorch and nothing of ours, which takes a tenth of the time
-    of doing so in each; their environment variables are those of the first start.
+    Without a GPU they are forked from a process that has imported `preloaded`, which takes a tenth of the time of doing so in
+    each; their environment variables are those of the first start.
     """
     mp.start_processes(function, arguments, num_processes, start_method=_START_METHOD)
 
@@ -67,11 +69,36 @@ def _run_program(
 def compile_quickly() -> None:
     """Leave out what takes time in compiling, and changes no result.
 
-    Inductor does without vectors on a CPU: it writes such code, and the compiler reads it, in three quarters of the time.
-    Dynamo does not time its guards, for its log, with the CPU's caches flushed: 20 to 40 ms a graph.
+    Inductor takes the CPU for one without vectors, of which it would try each kind: it writes such code, and the compiler
+    reads it, in three quarters of the time.
+    Dynamo does not time its guards, for its log, with the CPU's caches flushed: 20 to 40 ms a graph. Triton's interpreter puts
+    its own functions in the place of the language's once a launch, and not again for each function that a kernel calls.
     """
-    config.cpp.simdlen = 1
+    config.cpp.vec_isa_ok = False
     guards.profile_guard_manager = lambda *arguments: 0.0
+    interpreter._patch_lang = _patch_once(interpreter._patch_lang)
+
+
+def _patch_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`interpreter._patch_lang` that does nothing for modules that the running launch has patched already."""
+    patched: set[Any] = set()
+
+    def patch_once(function: Any) -> Any:
+        modules = {module for module in (tl, tl.core) if any(value is module for value in function.__globals__.values())}
+        if modules and modules <= patched:
+            return interpreter._LangPatchScope()
+        scope = patch(function)
+        restore = scope.restore
+
+        def restore_all() -> None:
+            patched.clear()
+            restore()
+
+        scope.restore = restore_all
+        patched.update(modules)
+        return scope
+
+    return patch_once
 
 
 def leave() -> NoReturn:

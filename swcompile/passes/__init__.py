@@ -4,6 +4,7 @@ from functools import partial
 
 from swcompile.passes.fuse_quantization import fuse_quantization
 from swcompile.passes.hold_weights import hold_weights
+from swcompile.passes.materialize_sines import materialize_sines
 from swcompile.passes.quantize_matmuls import quantize_matmuls
 from swcompile.passes.save_int8_activations import save_int8_activations
 from swcompile.pipeline import Pass
@@ -30,7 +31,7 @@ def post_grad_passes(recipe: Recipe) -> list[Pass]:
         recipe: what to rewrite.
     """
     devices = fused_devices(recipe)
-    passes: list[Pass] = [partial(fuse_quantization, devices=devices)] if devices else []
+    passes: list[Pass] = [partial(rewrite, devices=devices) for rewrite in (fuse_quantization, materialize_sines) if devices]
     if recipe.micro_batches > 1:
         passes.append(hold_weights)
     return passes

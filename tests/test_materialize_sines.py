@@ -1,0 +1,149 @@
+"""materialize_sines: which values it has written to memory, and that a rotary model computes them once."""
+
+from functools import partial
+
+import pytest
+import torch
+import transformers
+from torch import fx, nn
+
+import swcompile
+from swcompile import format_graph, joint_passes, make_recipe, materialize_sines
+from swcompile.capture import JointGraph
+from swcompile.kernels.materialize import MATERIALIZE
+from swcompile.pipeline import Pass
+
+RECIPE = make_recipe({"include": "*", "skip_slower": False})
+BATCH, HEADS, LENGTH, WIDTH = 2, 4, 8, 16
+
+AFTER = """\
+%14: f32[8, 16] = aten.mul.Tensor(%2, %3)
+%15: f32[8, 16] = aten.cos(%14)
+%16: bf16[8, 16] = prims.convert_element_type(%15, bf16)
+%17: bf16[8, 16] = swcompile.materialize(%16)
+%18: f32[8, 16] = aten.sin(%14)
+%19: bf16[8, 16] = prims.convert_element_type(%18, bf16)
+%20: bf16[8, 16] = swcompile.materialize(%19)
+%21: bf16[2, 4, 8, 16] = aten.mul.Tensor(%13, %17)
+%22: bf16[2, 4, 8, 16] = prims.rev(%13, [3])
+%23: bf16[2, 4, 8, 16] = aten.mul.Tensor(%22, %20)
+"""
+
+
+class Rotary(nn.Module):
+    """A layer whose output is turned by angles, or what else is computed of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+        q = self.layer(x)
+        cos, sin = self.tables(positions * frequencies, q.dtype)
+        return q * cos + q.flip(-1) * sin
+
+    def tables(self, angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class Halves(Rotary):
+    """Frequencies come in pairs: the table is put together of two halves."""
+
+    def tables(self, angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = (f(angles[:, : WIDTH // 2]).to(dtype) for f in (torch.cos, torch.sin))
+        return torch.cat((cos, cos), -1)[None], torch.cat((sin, sin), -1)[None]
+
+
+class SameSize(Rotary):
+    """Sines of activations, nothing of which is spread."""
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.layer(x).sin()).cos()
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(BATCH, HEADS, LENGTH, WIDTH, dtype=torch.bfloat16)
+    return x, torch.arange(LENGTH, dtype=torch.float32)[:, None], torch.rand(WIDTH)
+
+
+def captured(model: nn.Module, *passes: Pass) -> JointGraph:
+    joint = swcompile.capture(model.bfloat16(), *inputs())
+    joint.run_passes(passes)
+    return joint
+
+
+def written(graph: fx.Graph) -> list[fx.Node]:
+    """What is written to memory."""
+    return [node.all_input_nodes[0] for node in graph.find_nodes(op="call_function", target=MATERIALIZE)]
+
+
+ON_CPU = partial(materialize_sines, devices=("cpu",))
+
+
+def test_graph_and_bits() -> None:
+    torch.manual_seed(1)
+    model = Rotary()
+    tangent = torch.randn(BATCH, HEADS, LENGTH, WIDTH).bfloat16()
+    before, after = captured(model, *joint_passes(RECIPE)), captured(model, *joint_passes(RECIPE), ON_CPU)
+    assert AFTER in format_graph(after.graph)
+    (output, *_), gradients = after(tangent)
+    (plain_output, *_), plain_gradients = before(tangent)
+    assert torch.equal(output, plain_output)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, plain_gradients[name])
+
+
+def test_a_table_of_two_halves_is_written_whole() -> None:
+    tables = written(captured(Halves(), *joint_passes(RECIPE), ON_CPU).graph)
+    assert [tuple(table.meta["val"].shape) for table in tables] == [(LENGTH, WIDTH)] * 2
+
+
+@pytest.mark.parametrize(
+    ("model", "passes"),
+    [
+        pytest.param(SameSize(), [*joint_passes(RECIPE), ON_CPU], id="same-size"),
+        pytest.param(Rotary(), [*joint_passes(RECIPE), materialize_sines], id="other-device"),
+        pytest.param(Rotary(), [ON_CPU], id="nothing-quantised"),
+    ],
+)
+def test_left_alone(model: nn.Module, passes: list[Pass]) -> None:
+    assert not written(captured(model, *passes).graph)
+
+
+def test_compiled_with_any_number_of_positions() -> None:
+    """Every cosine of the generated code is in a loop over the table alone: one in the forward, one in the backward."""
+    model = Rotary().bfloat16()
+    x, positions, frequencies = inputs()
+    kernels, gradients = [], []
+    for fuse in (True, False):
+        torch._dynamo.reset()
+        options = {"include": "*", "skip_slower": False, "fuse": fuse, "inductor": {"fx_graph_cache": False}}
+        compiled = torch.compile(model, backend="switchback", options=options, fullgraph=True, dynamic=True)
+
+        def step(call: nn.Module = compiled) -> None:
+            model.zero_grad()
+            call(x.requires_grad_(), positions, frequencies).float().square().mean().backward()
+
+        _, code = torch._inductor.utils.run_and_get_code(step)
+        kernels.append([kernel for text in code for kernel in text.split("async_compile.cpp") if "std::cos(" in kernel])
+        (weight,) = model.parameters()
+        assert weight.grad is not None
+        gradients.append(weight.grad)
+    assert [kernel.count("std::cos(") for kernel in kernels[0]] == [1, 1]
+    assert all(kernel.count("for(") == 2 for kernel in kernels[0]), "positions and frequencies, no heads"
+    assert all(kernel.count("for(") > 2 for kernel in kernels[1])
+    once, again = gradients
+    assert (once - again).norm() <= 1e-2 * again.norm()
+
+
+def test_llama() -> None:
+    """All layers share both tables."""
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, vocab_size=32
+    )
+    model = transformers.LlamaForCausalLM(config)
+    ids = torch.randint(32, (2, 16))
+    joint = swcompile.capture(model, kwargs={"input_ids": ids, "labels": ids, "use_cache": False})
+    joint.run_passes([*joint_passes(RECIPE), ON_CPU])
+    assert len(written(joint.graph)) == 2
