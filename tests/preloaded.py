@@ -1,6 +1,6 @@
 """What processes of tests are forked with: PyTorch and transformers, what Inductor finds out once, and nothing of ours."""
 
-import sympy.tensor.tensor
+import sympy.tensor.tensor  # noqa: F401
 import torch.distributed.fsdp
 import torch.export._trace
 import torch.utils.cpp_extension

@@ -52,9 +52,11 @@ def materialize_sines(graph: fx.Graph, *, devices: Sequence[str] = ("cuda",)) ->
         for table in _spread(node)
     )
     for table in tables:
+        readers = list(table.users)
         with graph.inserting_after(table):
             written = emit(graph, MATERIALIZE, table, like=table)
-        table.replace_all_uses_with(written, delete_user_cb=lambda user, written=written: user is not written)
+        for reader in readers:
+            reader.replace_input_with(table, written)
         result.rewrites += 1
     return result
 
