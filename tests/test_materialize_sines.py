@@ -61,14 +61,14 @@ class SameSize(Rotary):
         return self.layer(self.layer(x).sin()).cos()
 
 
-def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(length: int = LENGTH) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    x = torch.randn(BATCH, HEADS, LENGTH, WIDTH, dtype=torch.bfloat16)
-    return x, torch.arange(LENGTH, dtype=torch.float32)[:, None], torch.rand(WIDTH)
+    x = torch.randn(BATCH, HEADS, length, WIDTH, dtype=torch.bfloat16)
+    return x, torch.arange(length, dtype=torch.float32)[:, None], torch.rand(WIDTH)
 
 
-def captured(model: nn.Module, *passes: Pass) -> JointGraph:
-    joint = swcompile.capture(model.bfloat16(), *inputs())
+def captured(model: nn.Module, *passes: Pass, length: int = LENGTH) -> JointGraph:
+    joint = swcompile.capture(model.bfloat16(), *inputs(length))
     joint.run_passes(passes)
     return joint
 
@@ -109,6 +109,10 @@ def test_a_table_of_two_halves_is_written_whole() -> None:
 )
 def test_left_alone(model: nn.Module, passes: list[Pass]) -> None:
     assert not written(captured(model, *passes).graph)
+
+
+def test_no_position_at_all() -> None:
+    assert not written(captured(Rotary(), *joint_passes(RECIPE), ON_CPU, length=0).graph)
 
 
 def test_compiled_with_any_number_of_positions() -> None:

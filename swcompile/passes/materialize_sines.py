@@ -69,7 +69,7 @@ def _spread(node: fx.Node) -> Iterator[fx.Node]:
     """The values, views left aside, where what is computed of a node element by element becomes much larger than it."""
     size = node.meta["val"].numel()
     pending, seen = [node], {node}
-    while pending:
+    while pending and not statically_known_true(size == 0):
         value = pending.pop()
         for user in value.users:
             if user in seen or not _is_pointwise(user):
@@ -83,5 +83,6 @@ def _spread(node: fx.Node) -> Iterator[fx.Node]:
 
 def _is_pointwise(node: fx.Node) -> bool:
     """Whether Inductor computes a node where it is read, and with it what it is computed of."""
-    target = node.target
-    return target in _JOINED or (isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags)
+    target, value = node.target, node.meta.get("val")
+    has_tag = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    return isinstance(value, torch.Tensor) and (has_tag or target in _JOINED)
