@@ -93,7 +93,7 @@ class Recipe:
     skip_slower: bool = True
     """Leave a matmul alone where int8 with its quantisation is predicted to be slower than the original, or hardly faster."""
     fuse: bool | None = None
-    """Quantise a value in the kernel that computes it. None: on a GPU; on a CPU Inductor's own loops are faster."""
+    """Quantise a value in the kernel that computes it, and compute tables of sines and cosines once. None: on a GPU; on a CPU Inductor's own loops are faster."""
     micro_batches: int = 1
     """Forward and backward passes from one step of the optimizer to the next, within `swcompile.gradient_accumulation`:
     a weight is quantised once for all of them."""
@@ -141,7 +141,7 @@ class Recipe:
 
 
 def fused_devices(recipe: Recipe) -> tuple[str, ...]:
-    """The types of devices on which values are quantised in the kernels that compute them."""
+    """The types of devices on which `fuse` holds."""
     if recipe.fuse is None:
         return ("cuda",)
     return ("cpu", "cuda") if recipe.fuse else ()

@@ -61,13 +61,6 @@ def derivation(node: fx.Node) -> Iterator[fx.Node]:
         yield node
 
 
-def viewed(node: fx.Node) -> fx.Node:
-    """What a node is a view of."""
-    while node.op == "call_function" and node.target in ALIASES | RESHAPES:
-        (node, *_) = node.all_input_nodes
-    return node
-
-
 def parameter_root(node: fx.Node, names: Mapping[fx.Node, str]) -> fx.Node | None:
     """The parameter that a node derives from through views and casts alone."""
     *_, root = derivation(node)

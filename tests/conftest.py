@@ -22,7 +22,8 @@ from processes import compile_quickly
 from swcompile import backend
 
 compile_quickly()
-# PyTorch writes a trace of all compilations where somebody wants it, and pytest puts a handler on every logger like this one.
+# pytest puts its handlers on every logger that does not propagate, and PyTorch takes the time to write a trace of all
+# compilations where this one has a handler.
 logging.getLogger("torch.__trace").propagate = True
 
 

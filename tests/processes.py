@@ -17,7 +17,7 @@ from torch._dynamo import guards
 from torch._inductor import config
 from triton.runtime import interpreter
 
-multiprocessing.set_forkserver_preload(["tests.preloaded"])
+multiprocessing.set_forkserver_preload(["tests.preloaded"])  # is found where pytest runs in the repository's root
 _START_METHOD = "spawn" if torch.cuda.is_available() else "forkserver"  # CUDA does not outlive a fork
 
 

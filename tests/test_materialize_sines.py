@@ -10,10 +10,11 @@ from torch import fx, nn
 import swcompile
 from swcompile import format_graph, joint_passes, make_recipe, materialize_sines
 from swcompile.capture import JointGraph
-from swcompile.kernels.materialize import MATERIALIZE
+from swcompile.kernels.materialize import MATERIALIZE, materialize
 from swcompile.pipeline import Pass
 
 RECIPE = make_recipe({"include": "*", "skip_slower": False})
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH, HEADS, LENGTH, WIDTH = 2, 4, 8, 16
 
 AFTER = """\
@@ -52,6 +53,24 @@ class Halves(Rotary):
     def tables(self, angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = (f(angles[:, : WIDTH // 2]).to(dtype) for f in (torch.cos, torch.sin))
         return torch.cat((cos, cos), -1)[None], torch.cat((sin, sin), -1)[None]
+
+
+class Repeated(Rotary):
+    """One sequence and two heads: what is turned is little larger than a table, and then read by many heads."""
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+        turned = super().forward(x[:1, :2], positions, frequencies)
+        return turned[:, :, None].expand(1, 2, 8, -1, -1) * x[:1, :1, None]
+
+
+class Returned(Rotary):
+    """A table is a result, too."""
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, _ = self.tables(positions * frequencies, x.dtype)
+        return self.layer(x) * cos, cos
 
 
 class SameSize(Rotary):
@@ -99,10 +118,41 @@ def test_a_table_of_two_halves_is_written_whole() -> None:
     assert [tuple(table.meta["val"].shape) for table in tables] == [(LENGTH, WIDTH)] * 2
 
 
+def test_a_table_that_is_a_result() -> None:
+    joint = captured(Returned(), *joint_passes(RECIPE), ON_CPU)
+    (table,) = written(joint.graph)
+    (_, positions, frequencies), tangents = inputs(), (torch.ones(BATCH, HEADS, LENGTH, WIDTH).bfloat16(),)
+    (_, cos, *_), _ = joint(*tangents)
+    assert torch.equal(cos, (positions * frequencies).cos().bfloat16()) and table.meta["val"].shape == cos.shape
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (4, 5)])
+def test_op(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, device=DEVICE)
+    x = x.t() if x.dim() == 2 else x
+    out = materialize(x)
+    assert torch.equal(out, x) and (out.data_ptr() != x.data_ptr() or x.numel() == 0)
+    torch.library.opcheck(MATERIALIZE, (x,))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    """As the eager model rounds its tables."""
+    model, arguments = Rotary().bfloat16().cuda(), [tensor.cuda() for tensor in inputs()]
+    options = {"include": "*", "skip_slower": False}
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="switchback", options=options, fullgraph=True)
+        out, (code,) = torch._inductor.utils.run_and_get_code(compiled, *arguments)
+        expected = model(*arguments)
+    assert code.count("swcompile.materialize.default(") == 2
+    assert 0 < (out - expected).norm() <= 0.05 * expected.norm()
+
+
 @pytest.mark.parametrize(
     ("model", "passes"),
     [
         pytest.param(SameSize(), [*joint_passes(RECIPE), ON_CPU], id="same-size"),
+        pytest.param(Repeated(), [*joint_passes(RECIPE), ON_CPU], id="what-is-turned-is-no-table"),
         pytest.param(Rotary(), [*joint_passes(RECIPE), materialize_sines], id="other-device"),
         pytest.param(Rotary(), [ON_CPU], id="nothing-quantised"),
     ],
@@ -130,11 +180,12 @@ def test_compiled_with_any_number_of_positions() -> None:
             call(x.requires_grad_(), positions, frequencies).float().square().mean().backward()
 
         _, code = torch._inductor.utils.run_and_get_code(step)
-        kernels.append([kernel for text in code for kernel in text.split("async_compile.cpp") if "std::cos(" in kernel])
+        kernels.append([kernel for text in code for kernel in text.split("async_compile.cpp") if "std::cos(" in kernel or "std::sin(" in kernel])
         (weight,) = model.parameters()
         assert weight.grad is not None
         gradients.append(weight.grad)
-    assert [kernel.count("std::cos(") for kernel in kernels[0]] == [1, 1]
+    for function in ("std::cos(", "std::sin("):
+        assert [kernel.count(function) for kernel in kernels[0]] == [1, 1]
     assert all(kernel.count("for(") == 2 for kernel in kernels[0]), "positions and frequencies, no heads"
     assert all(kernel.count("for(") > 2 for kernel in kernels[1])
     once, again = gradients

@@ -31,7 +31,9 @@ def post_grad_passes(recipe: Recipe) -> list[Pass]:
         recipe: what to rewrite.
     """
     devices = fused_devices(recipe)
-    passes: list[Pass] = [partial(rewrite, devices=devices) for rewrite in (fuse_quantization, materialize_sines) if devices]
+    passes: list[Pass] = []
+    if devices:
+        passes += [partial(rewrite, devices=devices) for rewrite in (fuse_quantization, materialize_sines)]
     if recipe.micro_batches > 1:
         passes.append(hold_weights)
     return passes

@@ -8,16 +8,19 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from swcompile.kernels.materialize import MATERIALIZE
 from swcompile.pipeline import PassResult, emit
-from swcompile.values import ALIASES, CASTS, RESHAPES, viewed
+from swcompile.values import ALIASES, CASTS, RESHAPES
 
 aten = torch.ops.aten
+_SINES = {aten.sin.default, aten.cos.default}
+_VIEWS = (ALIASES | RESHAPES) - {aten.slice.Tensor, aten.select.int}
+"""Of all elements."""
 _JOINED = ALIASES | RESHAPES | CASTS | {aten.cat.default, aten.clone.default}
 _MUCH_LARGER = 4
 """Times: two halves of a table may be put together."""
 
 
 def materialize_sines(graph: fx.Graph, *, devices: Sequence[str] = ("cuda",)) -> PassResult:
-    """Write what is computed of sines and cosines to memory where it is spread over something larger.
+    """Write what is computed of sines and cosines alone to memory where it is spread over something larger.
 
     Before::
 
@@ -33,25 +36,20 @@ def materialize_sines(graph: fx.Graph, *, devices: Sequence[str] = ("cuda",)) ->
         %5: bf16[1, 1, 512, 64] = aten.unsqueeze(%4, 1)
         %6: bf16[8, 32, 512, 64] = aten.mul.Tensor(%0, %5)
 
-    Inductor else computes both for every head of every sequence again: some 100 instructions an element, so that turning
-    queries and keys, and their gradients before they are quantised, takes two to four times as long as moving them.
-    Rounded to 16 bits they are as in eager mode.
+    Otherwise Inductor computes both again for every head of every sequence (benchmarks/results/train_step_h200.md has
+    what that takes). Changes numerics: a table in 16 bits is rounded, as in eager mode, where Inductor uses its float32.
 
     Args:
         graph: a forward or backward graph after the partitioner. One without an op of ours stays as it is.
         devices: types of devices to do it on.
     """
     result = PassResult()
-    if not any(target.namespace == "swcompile" for target in _ops(graph)):
+    targets = {node.target for node in graph.nodes}
+    if not any(isinstance(target, torch._ops.OpOverload) and target.namespace == "swcompile" for target in targets):
         return result
-    tables = dict.fromkeys(
-        table
-        for target in (aten.sin.default, aten.cos.default)
-        for node in graph.find_nodes(op="call_function", target=target)
-        if node.meta["val"].device.type in devices
-        for table in _spread(node)
-    )
-    for table in tables:
+    for table in dict.fromkeys(_tables(graph)):
+        if table.meta["val"].device.type not in devices:
+            continue
         readers = list(table.users)
         with graph.inserting_after(table):
             written = emit(graph, MATERIALIZE, table, like=table)
@@ -61,24 +59,19 @@ def materialize_sines(graph: fx.Graph, *, devices: Sequence[str] = ("cuda",)) ->
     return result
 
 
-def _ops(graph: fx.Graph) -> Iterator[torch._ops.OpOverload]:
-    return (node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload))
-
-
-def _spread(node: fx.Node) -> Iterator[fx.Node]:
-    """The values, views left aside, where what is computed of a node element by element becomes much larger than it."""
-    size = node.meta["val"].numel()
-    pending, seen = [node], {node}
-    while pending and not statically_known_true(size == 0):
-        value = pending.pop()
-        for user in value.users:
-            if user in seen or not _is_pointwise(user):
-                continue
-            if statically_known_true(user.meta["val"].numel() // size >= _MUCH_LARGER):
-                yield viewed(value)
-            else:
-                seen.add(user)
-                pending.append(user)
+def _tables(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The values, views left aside, that come of sines and cosines alone and are read where something much larger is computed."""
+    alone: set[fx.Node] = set()
+    for node in graph.nodes:
+        if not _is_pointwise(node):
+            continue
+        sources = [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), torch.Tensor)]
+        spread = [source for source in sources if source in alone and _is_much_larger(node, source)]
+        for source in spread:
+            yield _viewed(source)
+        known = all(source in alone or statically_known_true(source.meta["val"].numel() == 1) for source in sources)
+        if node.target in _SINES or (known and not spread and not alone.isdisjoint(sources)):
+            alone.add(node)
 
 
 def _is_pointwise(node: fx.Node) -> bool:
@@ -86,3 +79,17 @@ def _is_pointwise(node: fx.Node) -> bool:
     target, value = node.target, node.meta.get("val")
     has_tag = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
     return isinstance(value, torch.Tensor) and (has_tag or target in _JOINED)
+
+
+def _is_much_larger(node: fx.Node, source: fx.Node) -> bool:
+    try:
+        ratio = node.meta["val"].numel() // source.meta["val"].numel()
+    except ZeroDivisionError:  # no position at all
+        return False
+    return statically_known_true(ratio >= _MUCH_LARGER)
+
+
+def _viewed(node: fx.Node) -> fx.Node:
+    while node.target in _VIEWS:
+        (node, *_) = node.all_input_nodes
+    return node
