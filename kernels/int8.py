@@ -42,6 +42,11 @@ def num_blocks(num_rows: int) -> int:
     return (num_rows + BLOCK_ROWS - 1) // BLOCK_ROWS
 
 
+def padded(num_rows: int) -> int:
+    """The number of rows, rounded up to a multiple of 16."""
+    return (num_rows + 15) // 16 * 16
+
+
 def with_unit_inner_stride(x: torch.Tensor) -> torch.Tensor:
     """`x` itself if its rows are contiguous, whatever their distance; else a contiguous copy."""
     return x if has_unit_inner_stride(x) else x.contiguous()

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""int8 quantisation with a transpose and a scale for each column and block of rows.
+"""int8 quantisation with a transpose and a scale for each column and block of rows, of rows that are scaled before.
 
 Shapes: N rows, which a grad_weight matmul sums over (tokens), in B blocks of `BLOCK_ROWS`; K columns; P is N rounded up
 to a multiple of 16.
@@ -17,6 +17,7 @@ from swcompile.kernels.int8 import (
     check_quantizer_input,
     magnitude_bits,
     num_blocks,
+    padded,
     round_reference,
     round_to_int8,
     scale_and_inverse,
@@ -29,56 +30,58 @@ from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.tuning import Tuner, bucket
 
 
-def quantize_blockwise_transpose(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise blocks of 1024 rows to int8, each column by its absmax in the block, and transpose.
+def quantize_blockwise_transpose(x_NK: torch.Tensor, factor_N1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multiply rows by factors, quantise blocks of 1024 rows to int8, each column by its absmax in the block, and transpose.
 
-    ``x[n, k] ~= x_q[k, n] * scale[n // 1024, k]``: an operand of an 8-bit grad_weight, which sums over tokens. A token
-    that is much larger than the others takes bits from those of its block alone: as an element errs by at most half a
-    step, absmax / 254, a column of a block errs by at most sqrt(1024) / 254, an eighth, of its norm. x is read once.
+    ``x[n, k] * factor[n] ~= x_q[k, n] * scale[n // 1024, k]``: the activation in an 8-bit grad_weight, which sums over
+    tokens. The factors are the scales of the other operand, the gradient by rows, which cannot be taken out of a sum over
+    rows. An element errs by at most half a step, absmax / 254: what counts most in a column's sums keeps most bits, and a
+    token that is much larger than the others takes bits from those of its block alone. x is read once.
 
     Args:
         x_NK: [N, K] bfloat16, float16 or float32, any strides.
+        factor_N1: [N, 1] float32. The product is rounded to float32.
 
     Returns:
         x_q [K, P] int8, contiguous, with zeros from N to P, as tensor cores want multiples of 16; and scale
         [B, K] float32. A column of a block with a NaN or Inf gets scale NaN.
 
     Raises:
-        ValueError: x is of another dtype, or not a matrix.
+        ValueError: x is of another dtype, or not a matrix; a factor for each row is not what the factors are.
     """
-    return QUANTIZE_BLOCKWISE_TRANSPOSE(x_NK)
+    return QUANTIZE_BLOCKWISE_TRANSPOSE(x_NK, factor_N1)
 
 
-def quantize_blockwise_transpose_reference(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_blockwise_transpose_reference(
+    x_NK: torch.Tensor, factor_N1: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_blockwise_transpose` in plain PyTorch, bit for bit."""
-    check_quantizer_input("quantize_blockwise_transpose", x_NK)
+    _check_input(x_NK, factor_N1)
+    _check_sizes(x_NK, factor_N1)
     num_rows, num_columns = x_NK.shape
     rows_left = -num_rows % BLOCK_ROWS
-    blocks = F.pad(x_NK, (0, 0, 0, rows_left)).reshape(num_blocks(num_rows), BLOCK_ROWS, num_columns)
-    scale, inverse = scale_and_inverse_reference(blocks.abs().amax(1, keepdim=True).float())
+    scaled_NK = F.pad(x_NK.float() * factor_N1, (0, 0, 0, rows_left))
+    blocks = scaled_NK.reshape(num_blocks(num_rows), BLOCK_ROWS, num_columns)
+    scale, inverse = scale_and_inverse_reference(blocks.abs().amax(1, keepdim=True))
     x_q_NK = round_reference(blocks, inverse).view(num_rows + rows_left, num_columns)
     return x_q_NK[: padded(num_rows)].t().contiguous(), scale.squeeze(1)
 
 
-def padded(num_rows: int) -> int:
-    """P: the number of rows, rounded up to a multiple of 16."""
-    return (num_rows + 15) // 16 * 16
-
-
 def quantize_blockwise_transpose_work(num_rows: int, num_columns: int, itemsize: int) -> Work:
-    """One comparison and one multiplication an element; x read once, x_q and the scales written once."""
-    num_elements = num_rows * num_columns
-    num_bytes = num_elements * itemsize + padded(num_rows) * num_columns + 4 * num_blocks(num_rows) * num_columns
-    return Work(flops=2 * num_elements, bytes=num_bytes)
+    """One comparison and two multiplications an element; x and the factors read once, x_q and the scales written once."""
+    num_elements, num_scales = num_rows * num_columns, num_rows + num_blocks(num_rows) * num_columns
+    return Work(flops=3 * num_elements, bytes=num_elements * itemsize + padded(num_rows) * num_columns + 4 * num_scales)
 
 
-def quantize_blockwise_transpose_triton(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_blockwise_transpose_triton(
+    x_NK: torch.Tensor, factor_N1: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_blockwise_transpose` by the Triton kernel: what the op does on CUDA."""
-    check_quantizer_input("quantize_blockwise_transpose", x_NK)
-    x_NK = with_unit_inner_stride(x_NK)
-    launch = PLANS.find([x_NK])
+    _check_input(x_NK, factor_N1)
+    x_NK, factor_N1 = with_unit_inner_stride(x_NK), factor_N1.contiguous()
+    launch = PLANS.find([x_NK, factor_N1])
     outputs = _empty_outputs(x_NK)
-    launch(x_NK, *outputs)
+    launch(x_NK, factor_N1, *outputs)
     return outputs
 
 
@@ -88,14 +91,15 @@ def _empty_outputs(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x_q_KP, empty((num_blocks(num_rows), num_columns), torch.float32, x_NK.device)
 
 
-def _prepare(x_NK: torch.Tensor) -> Callable[..., None]:
-    """Launches the kernel on (x, x_q, scale)."""
+def _prepare(x_NK: torch.Tensor, factor_N1: torch.Tensor) -> Callable[..., None]:
+    """Launches the kernel on (x, factor, x_q, scale)."""
+    _check_sizes(x_NK, factor_N1)
     if x_NK.numel() == 0:
         return nothing
     outputs = _empty_outputs(x_NK)
 
     def run(config: BlockConfig) -> None:
-        launcher(config, x_NK)(x_NK, *outputs)
+        launcher(config, x_NK)(x_NK, factor_N1, *outputs)
 
     key = (bucket(x_NK.shape[0]), x_NK.shape[1], x_NK.dtype)
     return launcher(TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device), x_NK)
@@ -115,7 +119,7 @@ CANDIDATES = [BlockConfig(16, 8), BlockConfig(32, 8), BlockConfig(32, 16)]
 
 
 def launcher(config: BlockConfig, x_NK: torch.Tensor) -> Callable[..., None]:
-    """Launches the kernel on (x, x_q, scale) in the given configuration."""
+    """Launches the kernel on (x, factor, x_q, scale) in the given configuration."""
     num_rows, num_columns = x_NK.shape
     return Launcher(
         _quantize_blocks_kernel,
@@ -134,6 +138,7 @@ def launcher(config: BlockConfig, x_NK: torch.Tensor) -> Callable[..., None]:
 @triton.jit
 def _quantize_blocks_kernel(
     x_ptr,
+    factor_ptr,
     x_q_ptr,
     scale_ptr,
     num_rows,
@@ -149,8 +154,11 @@ def _quantize_blocks_kernel(
     columns = (tl.program_id(0) % programs_across) * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     column_mask = columns < num_columns
-    mask = (rows < num_rows)[:, None] & column_mask[None, :]
+    row_mask = rows < num_rows
+    mask = row_mask[:, None] & column_mask[None, :]
     x = tl.load(x_ptr + (rows * x_stride)[:, None] + columns[None, :], mask=mask, other=0.0)
+    factor = tl.load(factor_ptr + rows, mask=row_mask, other=0.0)
+    x = x.to(tl.float32) * factor[:, None]
     scale, inverse = scale_and_inverse(tl.max(magnitude_bits(x), axis=0))
     tl.store(scale_ptr + block.to(tl.int64) * num_columns + columns, scale, mask=column_mask)
     stored = (rows < num_padded)[:, None] & column_mask[None, :]
@@ -161,8 +169,24 @@ def _quantize_blocks_kernel(
 TUNER: Tuner[BlockConfig] = Tuner("quantize_blockwise_transpose", [__file__, int8.__file__])
 
 
-def _fake(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    check_quantizer_input("quantize_blockwise_transpose", x_NK)
+def _check_input(x: torch.Tensor, factor: torch.Tensor) -> None:
+    """Raise `ValueError` on a wrong dtype or rank. Looks at no size: sizes may be symbolic."""
+    check_quantizer_input("quantize_blockwise_transpose", x)
+    if factor.dtype != torch.float32 or factor.dim() != 2:
+        raise ValueError(
+            f"quantize_blockwise_transpose: factor is {factor.dtype} with {factor.dim()} dimensions, but must be float32 [N, 1]"
+        )
+
+
+def _check_sizes(x: torch.Tensor, factor: torch.Tensor) -> None:
+    if factor.shape != (x.shape[0], 1):
+        raise ValueError(
+            f"quantize_blockwise_transpose: factor is {tuple(factor.shape)}, but must be {(x.shape[0], 1)}: one for each row of x"
+        )
+
+
+def _fake(x_NK: torch.Tensor, factor_N1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_input(x_NK, factor_N1)
     num_rows, num_columns = x_NK.shape
     return (
         x_NK.new_empty((num_columns, padded(num_rows)), dtype=torch.int8),
@@ -171,7 +195,7 @@ def _fake(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 QUANTIZE_BLOCKWISE_TRANSPOSE = define_op(
-    "quantize_blockwise_transpose(Tensor x) -> (Tensor, Tensor)",
+    "quantize_blockwise_transpose(Tensor x, Tensor factor) -> (Tensor, Tensor)",
     reference=quantize_blockwise_transpose_reference,
     cuda=quantize_blockwise_transpose_triton,
     fake=_fake,

@@ -3,7 +3,7 @@
 Shapes: M rows of A (tokens), N rows of B (out features), K the summed dimension.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def scaled_mm_reference(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """`scaled_mm` in plain PyTorch, bit for bit."""
-    check_dtypes("scaled_mm", a_q_MK, b_q_NK, scale_a_M1, scale_b, out_dtype, bias_N)
+    check_dtypes("scaled_mm", a_q_MK, b_q_NK, (scale_a_M1, scale_b), out_dtype, bias_N)
     _check_shapes(a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N)
     out_MN = accumulate(a_q_MK, b_q_NK).mul_(scale_a_M1).mul_(scale_b.t())
     if bias_N is not None:
@@ -114,7 +114,7 @@ def _prepare(
 ) -> Callable[..., None] | None:
     """Launches the kernel on the five operands and the result; None where one must be laid out anew."""
     operands = a_q_MK, b_q_NK, scale_a_M1, scale_b, bias_N
-    check_dtypes("scaled_mm", a_q_MK, b_q_NK, scale_a_M1, scale_b, out_dtype, bias_N)
+    check_dtypes("scaled_mm", a_q_MK, b_q_NK, (scale_a_M1, scale_b), out_dtype, bias_N)
     _check_shapes(*operands)
     if not all(t is None or t.is_contiguous() for t in operands):
         return None
@@ -179,18 +179,17 @@ def check_dtypes(
     op: str,
     a_q: torch.Tensor,
     b_q: torch.Tensor,
-    scale_a: torch.Tensor,
-    scale_b: torch.Tensor,
+    scales: Sequence[torch.Tensor],
     out_dtype: torch.dtype,
     bias: torch.Tensor | None = None,
 ) -> None:
     """Raise `ValueError` on a wrong dtype or rank. Looks at no size: sizes may be symbolic."""
     if a_q.dtype != torch.int8 or b_q.dtype != torch.int8:
         raise ValueError(f"{op}: a_q and b_q must be int8, got {a_q.dtype} and {b_q.dtype}")
-    if scale_a.dtype != torch.float32 or scale_b.dtype != torch.float32:
-        raise ValueError(f"{op}: scales must be float32, got {scale_a.dtype} and {scale_b.dtype}")
-    if {a_q.dim(), b_q.dim(), scale_a.dim(), scale_b.dim()} != {2}:
-        raise ValueError(f"{op}: a_q, b_q and both scales must have 2 dimensions")
+    if any(scale.dtype != torch.float32 for scale in scales):
+        raise ValueError(f"{op}: scales must be float32, got {' and '.join(str(scale.dtype) for scale in scales)}")
+    if any(operand.dim() != 2 for operand in (a_q, b_q, *scales)):
+        raise ValueError(f"{op}: a_q, b_q and scales must have 2 dimensions")
     if bias is not None and bias.dim() != 1:
         raise ValueError(f"{op}: bias has {bias.dim()} dimensions, but must have 1")
     if bias is not None and not bias.dtype.is_floating_point:
@@ -234,7 +233,7 @@ def _fake(
     bias_N: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    check_dtypes("scaled_mm", a_q_MK, b_q_NK, scale_a_M1, scale_b, out_dtype, bias_N)
+    check_dtypes("scaled_mm", a_q_MK, b_q_NK, (scale_a_M1, scale_b), out_dtype, bias_N)
     return a_q_MK.new_empty((a_q_MK.shape[0], b_q_NK.shape[0]), dtype=out_dtype)
 
 

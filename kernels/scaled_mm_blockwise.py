@@ -21,21 +21,20 @@ from swcompile.kernels.tuning import Tuner, bucket
 def scaled_mm_blockwise(
     a_q_MK: torch.Tensor,
     b_q_NK: torch.Tensor,
-    scale_a_BM: torch.Tensor,
-    scale_b_BN: torch.Tensor,
+    scale_BN: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """``sum(a_q[:, b] @ b_q[:, b].T * scale_a[b, :, None] * scale_b[b, None, :])`` over blocks b of 1024 products.
+    """``sum(a_q[:, b] @ b_q[:, b].T * scale[b])`` over blocks b of 1024 products.
 
-    The weight's gradient from two operands in 8 bit, as `quantize_blockwise_transpose` makes them. The sum of a block is
-    exact; it is scaled and added to those before it in float32, ``out + (sum * scale_a) * scale_b``, each operation
-    rounded, in this order, and at the end there is one cast. Every kernel configuration gives the same bits.
+    The weight's gradient in 8 bit: A is the gradient by `quantize_rowwise`, after `transpose`, and B the activation by
+    `quantize_blockwise_transpose`, which has taken over the scales of A's tokens. The sum of a block is exact; it is scaled
+    and added to those before it in float32, each operation rounded, and at the end there is one cast. Every kernel
+    configuration gives the same bits.
 
     Args:
         a_q_MK: [M, K] int8, contiguous, without -128.
         b_q_NK: [N, K] int8, contiguous, without -128.
-        scale_a_BM: [B, M] float32.
-        scale_b_BN: [B, N] float32.
+        scale_BN: [B, N] float32.
         out_dtype: bfloat16, float16 or float32.
 
     Returns:
@@ -44,82 +43,78 @@ def scaled_mm_blockwise(
     Raises:
         ValueError: a dtype other than these, or shapes that do not fit.
     """
-    return SCALED_MM_BLOCKWISE(a_q_MK, b_q_NK, scale_a_BM, scale_b_BN, out_dtype)
+    return SCALED_MM_BLOCKWISE(a_q_MK, b_q_NK, scale_BN, out_dtype)
 
 
 def scaled_mm_blockwise_reference(
     a_q_MK: torch.Tensor,
     b_q_NK: torch.Tensor,
-    scale_a_BM: torch.Tensor,
-    scale_b_BN: torch.Tensor,
+    scale_BN: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """`scaled_mm_blockwise` in plain PyTorch, bit for bit."""
-    check_dtypes("scaled_mm_blockwise", a_q_MK, b_q_NK, scale_a_BM, scale_b_BN, out_dtype)
-    _check_shapes(a_q_MK, b_q_NK, scale_a_BM, scale_b_BN)
+    check_dtypes("scaled_mm_blockwise", a_q_MK, b_q_NK, (scale_BN,), out_dtype)
+    _check_shapes(a_q_MK, b_q_NK, scale_BN)
     out_MN = a_q_MK.new_zeros((a_q_MK.shape[0], b_q_NK.shape[0]), dtype=torch.float32)
-    for block, (scale_a_M, scale_b_N) in enumerate(zip(scale_a_BM, scale_b_BN, strict=True)):
+    for block, scale_N in enumerate(scale_BN):
         summed = slice(block * BLOCK_ROWS, (block + 1) * BLOCK_ROWS)
-        out_MN += accumulate(a_q_MK[:, summed], b_q_NK[:, summed]).mul_(scale_a_M[:, None]).mul_(scale_b_N)
+        out_MN += accumulate(a_q_MK[:, summed], b_q_NK[:, summed]).mul_(scale_N)
     return out_MN.to(out_dtype)
 
 
 def scaled_mm_blockwise_work(num_rows: int, num_columns: int, num_summed: int, out_itemsize: int) -> Work:
-    """As for `scaled_mm_work`, with scales for each row of both operands and block."""
-    scales = num_blocks(num_summed) * (num_rows + num_columns)
+    """As for `scaled_mm_work`, with a scale for each row of B and block."""
+    scales = num_blocks(num_summed) * num_columns
     return scaled_mm_work(num_rows, num_columns, num_summed, out_itemsize, num_scales=scales)
 
 
 def scaled_mm_blockwise_triton(
     a_q_MK: torch.Tensor,
     b_q_NK: torch.Tensor,
-    scale_a_BM: torch.Tensor,
-    scale_b_BN: torch.Tensor,
+    scale_BN: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """`scaled_mm_blockwise` by a Triton kernel: what the op does on CUDA."""
-    operands = a_q_MK, b_q_NK, scale_a_BM, scale_b_BN
+    operands = a_q_MK, b_q_NK, scale_BN
     launch = PLANS.find(operands, out_dtype)
     if launch is None:
-        matrices = a_q_MK.contiguous(), b_q_NK.contiguous()
-        return scaled_mm_blockwise_triton(*matrices, scale_a_BM.contiguous(), scale_b_BN.contiguous(), out_dtype)
+        return scaled_mm_blockwise_triton(*[operand.contiguous() for operand in operands], out_dtype)
     out_MN = empty((a_q_MK.shape[0], b_q_NK.shape[0]), out_dtype, a_q_MK.device)
-    launch(*operands, None, out_MN)
+    launch(a_q_MK, b_q_NK, None, scale_BN, None, out_MN)
     return out_MN
 
 
 def _prepare(
     a_q_MK: torch.Tensor,
     b_q_NK: torch.Tensor,
-    scale_a_BM: torch.Tensor,
-    scale_b_BN: torch.Tensor,
+    scale_BN: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> Callable[..., None] | None:
-    """Launches the kernel on the four operands, None and the result; None where an operand must be laid out anew."""
-    operands = a_q_MK, b_q_NK, scale_a_BM, scale_b_BN
-    check_dtypes("scaled_mm_blockwise", *operands, out_dtype)
-    _check_shapes(*operands)
-    if not all(t.is_contiguous() for t in operands):
+    """Launches the kernel on (a, b, None, scale, None, out); None where an operand must be laid out anew."""
+    check_dtypes("scaled_mm_blockwise", a_q_MK, b_q_NK, (scale_BN,), out_dtype)
+    _check_shapes(a_q_MK, b_q_NK, scale_BN)
+    if not all(t.is_contiguous() for t in (a_q_MK, b_q_NK, scale_BN)):
         return None
     (num_rows, num_summed), num_columns = a_q_MK.shape, b_q_NK.shape[0]
     out_MN = empty((num_rows, num_columns), out_dtype, a_q_MK.device)
     if out_MN.numel() == 0:
         return nothing
+    tensors = a_q_MK, b_q_NK, None, scale_BN, None, out_MN
 
     def run(config: MatmulConfig) -> None:
-        launcher(config, *operands, None, out_MN, blockwise=True)(*operands, None, out_MN)
+        launcher(config, *tensors, blockwise=True)(*tensors)
 
-    tma_fits = fits_tma(a_q_MK, b_q_NK, out_MN) and _scales_fit_tma(scale_a_BM, scale_b_BN)
+    tma_fits = fits_tma(a_q_MK, b_q_NK, out_MN) and _scales_fit_tma(scale_BN)
     # Tokens are what varies from call to call here.
     key = (bucket(num_summed), num_rows, num_columns, out_dtype, tma_fits)
     device = a_q_MK.device
     config = TUNER.choose(key, lambda: candidates(device, tma_fits, num_rows, num_columns, blockwise=True), run, device)
-    return launcher(config, *operands, None, out_MN, blockwise=True)
+    return launcher(config, *tensors, blockwise=True)
 
 
-def _scales_fit_tma(scale_a_BM: torch.Tensor, scale_b_BN: torch.Tensor) -> bool:
-    """Whether every row of both starts at a multiple of 16 bytes: from elsewhere the TMA copies no row, but fails."""
-    return (scale_a_BM.data_ptr() | scale_b_BN.data_ptr() | 4 * scale_a_BM.shape[1] | 4 * scale_b_BN.shape[1]) % 16 == 0
+def _scales_fit_tma(scale_BN: torch.Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes: from elsewhere the TMA copies no row, but fails."""
+    return (scale_BN.data_ptr() | 4 * scale_BN.shape[1]) % 16 == 0
 
 
 PLANS = Plans(_prepare)
@@ -131,31 +126,27 @@ TUNER: Tuner[MatmulConfig] = Tuner(
 )
 
 
-def _check_shapes(a_q: torch.Tensor, b_q: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor) -> None:
+def _check_shapes(a_q: torch.Tensor, b_q: torch.Tensor, scale: torch.Tensor) -> None:
     check_summed("scaled_mm_blockwise", a_q, b_q)
-    (num_rows, num_summed), num_columns = a_q.shape, b_q.shape[0]
-    for name, scale, size in (("scale_a", scale_a, num_rows), ("scale_b", scale_b, num_columns)):
-        expected = (num_blocks(num_summed), size)
-        if scale.shape != expected:
-            raise ValueError(
-                f"scaled_mm_blockwise: {name} is {tuple(scale.shape)}, but must be {expected}: "
-                f"a row for each {BLOCK_ROWS} products"
-            )
+    expected = num_blocks(b_q.shape[1]), b_q.shape[0]
+    if scale.shape != expected:
+        raise ValueError(
+            f"scaled_mm_blockwise: scale is {tuple(scale.shape)}, but must be {expected}: a row for each {BLOCK_ROWS} products"
+        )
 
 
 def _fake(
     a_q_MK: torch.Tensor,
     b_q_NK: torch.Tensor,
-    scale_a_BM: torch.Tensor,
-    scale_b_BN: torch.Tensor,
+    scale_BN: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    check_dtypes("scaled_mm_blockwise", a_q_MK, b_q_NK, scale_a_BM, scale_b_BN, out_dtype)
+    check_dtypes("scaled_mm_blockwise", a_q_MK, b_q_NK, (scale_BN,), out_dtype)
     return a_q_MK.new_empty((a_q_MK.shape[0], b_q_NK.shape[0]), dtype=out_dtype)
 
 
 SCALED_MM_BLOCKWISE = define_op(
-    "scaled_mm_blockwise(Tensor a_q, Tensor b_q, Tensor scale_a, Tensor scale_b, ScalarType out_dtype) -> Tensor",
+    "scaled_mm_blockwise(Tensor a_q, Tensor b_q, Tensor scale, ScalarType out_dtype) -> Tensor",
     reference=scaled_mm_blockwise_reference,
     cuda=scaled_mm_blockwise_triton,
     fake=_fake,

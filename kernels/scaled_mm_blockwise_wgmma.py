@@ -33,7 +33,7 @@ def blockwise_wgmma_launcher(
     a_q_MK: torch.Tensor,
     b_q_NK: torch.Tensor,
 ) -> Callable[..., None]:
-    """Launches the kernel on operands like these (a, b, scale_a, scale_b, None, out).
+    """Launches the kernel on operands like these (a, b, None, scale, None, out).
 
     They are contiguous, their rows start at multiples of 16 bytes, and there is one tile a program at least.
     """
@@ -53,13 +53,11 @@ def blockwise_wgmma_launcher(
     describe_left, describe_right = described(left, config.block_k), described(right, config.block_k)
     height = config.block_m // 2
     describe_out_left, describe_out_right = described(height, left), described(height, right)
-    describe_scale_a, describe_scale_left, describe_scale_right = (_described_row(size) for size in (height, left, right))
+    describe_scale_left, describe_scale_right = _described_row(left), _described_row(right)
 
-    def launch(
-        a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, _: None, out: torch.Tensor
-    ) -> None:
+    def launch(a: torch.Tensor, b: torch.Tensor, _: None, scale: torch.Tensor, __: None, out: torch.Tensor) -> None:
         operands = describe_a(a), describe_left(b), describe_right(b)
-        scales = describe_scale_a(scale_a), describe_scale_left(scale_b), describe_scale_right(scale_b)
+        scales = describe_scale_left(scale), describe_scale_right(scale)
         kernel(*operands, *scales, describe_out_left(out), describe_out_right(out))
 
     return launch
@@ -114,15 +112,14 @@ def _load(
     STEPS: gl.constexpr,
 ):
     a_desc, left_desc, right_desc = operand_descs
-    scale_a_desc, scale_left_desc, scale_right_desc = scale_descs
+    scale_left_desc, scale_right_desc = scale_descs
     operands, scales, _, barriers = shared
     a_ring, left_ring, right_ring = operands
-    scale_a_ring, scale_left_ring, scale_right_ring = scales
+    scale_left_ring, scale_right_ring = scales
     loaded, free, _ = barriers
     num_rows, num_columns, num_summed = sizes
-    HEIGHT: gl.constexpr = BLOCK_M // 2
     OPERAND_BYTES: gl.constexpr = (BLOCK_M + LEFT + RIGHT) * BLOCK_K
-    SCALE_BYTES: gl.constexpr = (BLOCK_M + LEFT + RIGHT) * 4
+    SCALE_BYTES: gl.constexpr = (LEFT + RIGHT) * 4
     num_tiles = gl.cdiv(num_rows, BLOCK_M) * gl.cdiv(num_columns, LEFT + RIGHT)
     step = 0
     turn = 0
@@ -139,11 +136,9 @@ def _load(
                 mbarrier.expect(barrier, OPERAND_BYTES + SCALE_BYTES)
                 # Halves have not scaled at most the block before those in the stages: a place each, and one.
                 place = turn % (STAGES + 1)
-                row_scales, column_scales = block * num_rows + row, block * num_columns + column
-                async_load(scale_a_desc, [row_scales], barrier, scale_a_ring.index(2 * place))
-                async_load(scale_a_desc, [row_scales + HEIGHT], barrier, scale_a_ring.index(2 * place + 1))
-                async_load(scale_left_desc, [column_scales], barrier, scale_left_ring.index(place))
-                async_load(scale_right_desc, [column_scales + LEFT], barrier, scale_right_ring.index(place))
+                first = block * num_columns + column
+                async_load(scale_left_desc, [first], barrier, scale_left_ring.index(place))
+                async_load(scale_right_desc, [first + LEFT], barrier, scale_right_ring.index(place))
                 turn += 1
             else:
                 mbarrier.expect(barrier, OPERAND_BYTES)
@@ -171,7 +166,7 @@ def _multiply(
     left_out_desc, right_out_desc = out_descs
     operands, scales, outs, barriers = shared
     a_ring, left_ring, right_ring = operands
-    scale_a_ring, scale_left_ring, scale_right_ring = scales
+    scale_left_ring, scale_right_ring = scales
     left_halves, right_halves = outs
     loaded, free, started = barriers
     num_rows, num_columns, num_summed = sizes
@@ -213,9 +208,8 @@ def _multiply(
             left_part, right_part = warpgroup_mma_wait(num_outstanding=0, deps=(left_part, right_part))
             mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
             place = turn % (STAGES + 1)
-            scale_a = scale_a_ring.index(2 * place + HALF)
-            right += _scaled(right_part, scale_a, scale_right_ring.index(place))
-            left += _scaled(left_part, scale_a, scale_left_ring.index(place))
+            right += _scaled(right_part, scale_right_ring.index(place))
+            left += _scaled(left_part, scale_left_ring.index(place))
             turn += 1
         store(left_out_desc, left_halves.index(HALF), left.to(left_out_desc.dtype), row, column)
         store(right_out_desc, right_halves.index(HALF), right.to(right_out_desc.dtype), row, column + LEFT)
@@ -223,11 +217,10 @@ def _multiply(
 
 
 @gluon.jit
-def _scaled(part, scale_a, scale_b):
-    """The sums of one block's products, times the scales of their rows and columns."""
-    rows: gl.constexpr = gl.SliceLayout(1, part.type.layout)
+def _scaled(part, scale):
+    """The sums of one block's products, times the scales of their columns."""
     columns: gl.constexpr = gl.SliceLayout(0, part.type.layout)
-    return (part.to(gl.float32) * gl.expand_dims(scale_a.load(rows), 1)) * gl.expand_dims(scale_b.load(columns), 0)
+    return part.to(gl.float32) * gl.expand_dims(scale.load(columns), 0)
 
 
 @gluon.jit(do_not_specialize=["num_summed"])
@@ -235,7 +228,6 @@ def blockwise_wgmma_kernel(
     a_desc,
     left_desc,
     right_desc,
-    scale_a_desc,
     scale_left_desc,
     scale_right_desc,
     left_out_desc,
@@ -258,7 +250,6 @@ def blockwise_wgmma_kernel(
     a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], a_desc.layout)
     left_ring = gl.allocate_shared_memory(left_desc.dtype, [STAGES, LEFT, BLOCK_K], left_desc.layout)
     right_ring = gl.allocate_shared_memory(right_desc.dtype, [STAGES, RIGHT, BLOCK_K], right_desc.layout)
-    scale_a_ring = gl.allocate_shared_memory(gl.float32, [2 * PLACES, HEIGHT], scale_a_desc.layout)
     scale_left_ring = gl.allocate_shared_memory(gl.float32, [PLACES, LEFT], scale_left_desc.layout)
     scale_right_ring = gl.allocate_shared_memory(gl.float32, [PLACES, RIGHT], scale_right_desc.layout)
     left_halves = gl.allocate_shared_memory(left_out_desc.dtype, [2, HEIGHT, LEFT], left_out_desc.layout)
@@ -272,11 +263,11 @@ def blockwise_wgmma_kernel(
     mbarrier.init(started, count=1)
     fence_async_shared()  # the TMA sees the barriers as they are now
     operands = (a_ring, left_ring, right_ring)
-    scales = (scale_a_ring, scale_left_ring, scale_right_ring)
+    scales = (scale_left_ring, scale_right_ring)
     shared = (operands, scales, (left_halves, right_halves), (loaded, free, started))
     sizes = (num_rows, num_columns, num_summed)
     operand_descs = (a_desc, left_desc, right_desc)
-    scale_descs = (scale_a_desc, scale_left_desc, scale_right_desc)
+    scale_descs = (scale_left_desc, scale_right_desc)
     out_descs = (left_out_desc, right_out_desc)
     # Written out twice: a tuple that is given a name turns its constants into values of run time.
     gl.warp_specialize(

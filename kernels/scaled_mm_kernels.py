@@ -149,14 +149,17 @@ def launcher(
     config: MatmulConfig,
     a_q_MK: torch.Tensor,
     b_q_NK: torch.Tensor,
-    scale_a: torch.Tensor,
+    scale_a: torch.Tensor | None,
     scale_b: torch.Tensor,
     bias_N: torch.Tensor | None,
     out_MN: torch.Tensor,
     *,
     blockwise: bool = False,
 ) -> Callable[..., None]:
-    """Launches one of the kernels in the given configuration on contiguous operands like these, given in this order."""
+    """Launches one of the kernels in the given configuration on contiguous operands like these, given in this order.
+
+    With `blockwise` there is no scale of A, and no bias.
+    """
     (num_rows, num_summed), num_columns = a_q_MK.shape, b_q_NK.shape[0]
     num_programs = triton.cdiv(num_rows, config.block_m) * triton.cdiv(num_columns, config.block_n)
     if config.kernel != "pointers":
@@ -240,6 +243,13 @@ def _scaled(
     return out
 
 
+@triton.jit
+def _scaled_block(part, scale_ptr, block, columns, num_columns):
+    """In float32: the sums of a block's products times the scales of their columns."""
+    scale = tl.load(scale_ptr + block * num_columns + columns, mask=columns < num_columns, other=0.0)
+    return part.to(tl.float32) * scale[None, :]
+
+
 _BLOCK_ROWS = tl.constexpr(BLOCK_ROWS)
 
 
@@ -275,11 +285,7 @@ def _tma_kernel(
                 part = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
                 for k in range(start, min(start + _BLOCK_ROWS, num_summed), BLOCK_K):
                     part = tl.dot(a_desc.load([row, k]), b_desc.load([column, k]).T, part, out_dtype=tl.int32)
-                block = start // _BLOCK_ROWS
-                acc += _scaled(
-                    part, scale_a_ptr + block * num_rows, scale_b_ptr + block * num_columns, None, rows, columns, num_rows,
-                    num_columns, False, True,
-                )  # fmt: skip
+                acc += _scaled_block(part, scale_b_ptr, start // _BLOCK_ROWS, columns, num_columns)
         else:
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
             for k in range(0, num_summed, BLOCK_K):
@@ -329,11 +335,7 @@ def _pointer_kernel(
         out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, num_summed, _BLOCK_ROWS):
             part = _sum(a_rows, b_columns, start, min(start + _BLOCK_ROWS, num_summed), BLOCK_M, BLOCK_N, BLOCK_K)
-            block = start // _BLOCK_ROWS
-            out += _scaled(
-                part, scale_a_ptr + block * num_rows, scale_b_ptr + block * num_columns, None, rows, columns, num_rows,
-                num_columns, False, True,
-            )  # fmt: skip
+            out += _scaled_block(part, scale_b_ptr, start // _BLOCK_ROWS, columns, num_columns)
     else:
         acc = _sum(a_rows, b_columns, 0, num_summed, BLOCK_M, BLOCK_N, BLOCK_K)
         out = _scaled(

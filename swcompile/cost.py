@@ -40,6 +40,7 @@ from swcompile.kernels.quantize_tensorwise import (
 from swcompile.kernels.scaled_mm import SCALED_MM, scaled_mm_work
 from swcompile.kernels.scaled_mm_blockwise import SCALED_MM_BLOCKWISE
 from swcompile.kernels.timing import intervals_ms
+from swcompile.kernels.transpose import TRANSPOSE, transpose_work
 from swcompile.kernels.tuning import bucket, run_together
 from swcompile.pipeline import source_fingerprint
 from swcompile.recipe import GemmFormat, Role, Scaling
@@ -80,7 +81,7 @@ class Candidate(NamedTuple):
     matmul: Matmul
     gemm: GemmFormat
     sharers: int
-    """How many candidates read the same quantised activation; each bears its share."""
+    """How many candidates read the same quantised activation (or gradient); each bears its share."""
     is_fused: bool = False
     """The activation is quantised in the kernel that computes it, which then only writes int8 in addition."""
     weight_passes: int = 1
@@ -168,10 +169,18 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     # An operand with one scale is read twice, and takes two kernels: one for its absmax, unless another matmul has found
     # its scale, and one that rounds.
     activation_kernels, weight_kernels = 1.0, 1.0
-    if matmul.role is Role.GRAD_WEIGHT:
-        columns = _COLUMN_QUANTIZERS[gemm.is_by_block]
-        activation_kernels = weight_kernels = columns.num_kernels
-        work_other, work_weight = (columns.work(k, rows, itemsize).bytes for rows in (other_rows, weight_rows))
+    written = other_rows * (k + 4)  # int8 and scales, where what computes the activation only writes these in addition
+    if gemm.is_by_block:  # of an activation that takes over the scales of a gradient's tokens, and this one's transpose
+        quantize_other = quantize_rowwise_work(k, other_rows, itemsize).bytes / rates.quantize
+        written = k * (other_rows + 4)
+        weight_bytes = quantize_blockwise_transpose_work(k, weight_rows, itemsize).bytes + transpose_work(k, other_rows).bytes
+        quantize_weight = weight_bytes / rates.quantize_columns
+        weight_kernels = 2.0
+    elif matmul.role is Role.GRAD_WEIGHT:
+        activation_kernels = weight_kernels = 2.0  # one sets zeros
+        work_other, work_weight = (
+            quantize_columnwise_transpose_work(k, rows, itemsize).bytes for rows in (other_rows, weight_rows)
+        )
         quantize_other, quantize_weight = work_other / rates.quantize_columns, work_weight / rates.quantize_columns
     else:
         quantize_other = quantize_rowwise_work(other_rows, k, itemsize).bytes / rates.quantize
@@ -184,7 +193,7 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
         quantize_weight = weight_bytes / rates.quantize
     activation_launches = activation_kernels
     if is_fused:  # which takes the host as long as a kernel of its own
-        quantize_other, activation_kernels = other_rows * (k + 4) / rates.quantize, 0.0
+        quantize_other, activation_kernels = written / rates.quantize, 0.0
     quantize_other += activation_kernels * rates.kernel
     quantize_weight += weight_kernels * rates.kernel
     return _Times(
@@ -302,21 +311,6 @@ def _measure(device: torch.device, dtype: torch.dtype, by_block: bool) -> Device
     return _measure_current(device, dtype, by_block)
 
 
-class _ColumnQuantizer(NamedTuple):
-    """What quantises the operands of a matmul that sums over their rows."""
-
-    op: Callable[[torch.Tensor], Any]
-    work: Callable[[int, int, int], Work]
-    num_kernels: float
-
-
-_COLUMN_QUANTIZERS = {
-    False: _ColumnQuantizer(QUANTIZE_COLUMNWISE_TRANSPOSE, quantize_columnwise_transpose_work, 2.0),  # one sets zeros
-    True: _ColumnQuantizer(QUANTIZE_BLOCKWISE_TRANSPOSE, quantize_blockwise_transpose_work, 1.0),
-}
-"""Whether scales are by block -> the quantiser."""
-
-
 def _measure_current(device: torch.device, dtype: torch.dtype, by_block: bool) -> DeviceRates:
     on_gpu = device.type == "cuda"
     size = 4096 if on_gpu else 512
@@ -326,25 +320,29 @@ def _measure_current(device: torch.device, dtype: torch.dtype, by_block: bool) -
     with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng([device] if on_gpu else []), autocast:
         x = torch.randn(rows, size, device=device, dtype=dtype)
         weight = torch.randn(size, size, device=device, dtype=dtype)
-        columns = _COLUMN_QUANTIZERS[by_block]
+        ones = torch.ones(rows, 1, device=device)
+        others: list[Callable[[], Any]]
         if by_block:  # sums over the rows, as a weight's gradient does; as many operations
-            operands, ones = [_rounded(x).t().contiguous()] * 2, torch.ones(num_blocks(rows), size, device=device)
-            others: list[Callable[[], Any]] = []
+            operands, scales = [_rounded(x).t().contiguous()] * 2, torch.ones(num_blocks(rows), size, device=device)
+            others = [lambda: TRANSPOSE(_rounded(x))]
         else:
-            operands, ones = [_rounded(x), _rounded(weight)], torch.ones(rows, 1, device=device)
+            operands = [_rounded(x), _rounded(weight)]
             others = [lambda: QUANTIZE_TENSORWISE(weight), lambda: QUANTIZE_BY_SCALE(weight, ones[:1], True)]
 
         def quantized_matmul(a: torch.Tensor, b: torch.Tensor) -> Any:
-            if not by_block:
-                return SCALED_MM(a, b, ones, ones[:1], None, dtype)
-            scales = ones[: num_blocks(a.shape[1])]
-            return SCALED_MM_BLOCKWISE(a, b, scales, scales, dtype)
+            if by_block:
+                return SCALED_MM_BLOCKWISE(a, b, scales[: num_blocks(a.shape[1])], dtype)
+            return SCALED_MM(a, b, ones, ones[:1], None, dtype)
+
+        def quantize_columns() -> Any:
+            return QUANTIZE_BLOCKWISE_TRANSPOSE(x, ones) if by_block else QUANTIZE_COLUMNWISE_TRANSPOSE(x)
 
         if on_gpu:  # all of them are compiled at once, those that a model will need next, too
-            ours = [lambda: QUANTIZE_ROWWISE(x), lambda: columns.op(x), lambda: quantized_matmul(*operands)]
+            ours = [lambda: QUANTIZE_ROWWISE(x), quantize_columns, lambda: quantized_matmul(*operands)]
             run_together(ours + others, device)
         small, small_weight = x[:16, :16].contiguous(), weight[:16, :16].contiguous()
         quantize = quantize_rowwise_work(rows, size, dtype.itemsize).bytes / seconds(lambda: QUANTIZE_ROWWISE(x))
+        columns_work = quantize_blockwise_transpose_work if by_block else quantize_columnwise_transpose_work
         kernel = seconds(lambda: QUANTIZE_ROWWISE(small)) * (_AMONG_OTHERS if on_gpu else 1.0)
 
         # What speaks against 8 bit counts.
@@ -356,7 +354,7 @@ def _measure_current(device: torch.device, dtype: torch.dtype, by_block: bool) -
             quantized_matmul=quantized,
             quantized_output=quantized_output,
             quantize=quantize,
-            quantize_columns=columns.work(rows, size, dtype.itemsize).bytes / seconds(lambda: columns.op(x)),
+            quantize_columns=columns_work(rows, size, dtype.itemsize).bytes / seconds(quantize_columns),
             kernel=kernel,
             matmul_call=_host_seconds(lambda: small @ small_weight) if on_gpu else 0.0,
             quantize_call=_host_seconds(lambda: QUANTIZE_ROWWISE(small)) if on_gpu else 0.0,

@@ -129,5 +129,5 @@ def _is_one_matrix(batch: fx.Node) -> bool:
 
 
 def _describe(gemm: GemmFormat) -> str:
-    kinds = {Scaling.VECTOR: "row", Scaling.TENSOR: "tensor", Scaling.BLOCK: "block"}
+    kinds = {Scaling.VECTOR: "row", Scaling.TENSOR: "tensor", Scaling.BLOCK: "block", Scaling.TOKEN: "token"}
     return f"int8, scales by {kinds[gemm.other]} x {kinds[gemm.weight]}"

@@ -157,12 +157,13 @@ def matmuls(graph: fx.Graph) -> list[Matmul]:
                 left = right = None
         elif alone.get(lhs) and alone.get(rhs):
             left = right = None  # part of how a weight is computed (merged LoRA), or learned queries
+        is_blockwise = node.target == SCALED_MM_BLOCKWISE  # whose activation has scales of the gradient in it
         role, weight = Role.OTHER, right or left
         if weight:
             role = Role.GRAD_INPUT if node in backward else Role.OUTPUT
             if role is Role.OUTPUT:
                 weights.add(weight)
-        elif (lhs in backward) != (rhs in backward) and (owner := _owner(node, owners)) in weights:
+        elif (is_blockwise or (lhs in backward) != (rhs in backward)) and (owner := _owner(node, owners)) in weights:
             role, weight = Role.GRAD_WEIGHT, owner
         found.append(
             Matmul(
@@ -170,7 +171,7 @@ def matmuls(graph: fx.Graph) -> list[Matmul]:
                 role=role,
                 weight=weight,
                 parameter=names[weight] if weight else None,
-                weight_on_left=(rhs in backward) if role is Role.GRAD_WEIGHT else left is not None and not right,
+                weight_on_left=lhs not in backward if role is Role.GRAD_WEIGHT else left is not None and not right,
             )
         )
     return found

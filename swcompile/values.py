@@ -16,6 +16,7 @@ from swcompile.kernels.quantize_tensorwise import (
     QUANTIZE_TENSORWISE_TRANSPOSE,
 )
 from swcompile.kernels.scaled_mm import OUTPUT_DTYPES
+from swcompile.kernels.transpose import TRANSPOSE
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -50,7 +51,9 @@ QUANTIZERS = {
     QUANTIZE_ROWWISE,
     QUANTIZE_TENSORWISE,
     QUANTIZE_TENSORWISE_TRANSPOSE,
+    TRANSPOSE,
 }
+"""Ops that give their first argument in int8, and one that moves what they gave."""
 
 
 def derivation(node: fx.Node) -> Iterator[fx.Node]:

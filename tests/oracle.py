@@ -24,8 +24,11 @@ def gemm(a: torch.Tensor, b: torch.Tensor, gemm_format: GemmFormat | None) -> to
     """``a @ b.T`` of [outer, contracted] operands, b the weight, in float64."""
     if gemm_format is None:
         return a.double() @ b.double().T
-    if gemm_format.other is Scaling.BLOCK:
-        return fake_quantize_by_block(a) @ fake_quantize_by_block(b).T
+    if gemm_format.is_by_block:
+        # Rounded with a scale a token; these scales then decide how b is rounded, and change its product by rounding alone.
+        sizes = a.float().abs().amax(0, keepdim=True) / torch.tensor(127.0)
+        codes = fake_quantize(a.T, Scaling.VECTOR).T / sizes.double()
+        return codes @ fake_quantize_by_block(b.float() * sizes).T
     return fake_quantize(a, gemm_format.other) @ fake_quantize(b, gemm_format.weight).T
 
 

@@ -273,10 +273,12 @@ def test_the_rates_of_a_matmul_are_found_by_sums_of_several_lengths() -> None:
 def test_a_sum_over_tokens_has_its_own_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     block_rates = dataclasses.replace(RATES, quantized_matmul=1.5e12)
     monkeypatch.setattr(cost, "device_rates", lambda *of: block_rates if True in of else RATES)
-    layer, x = nn.Linear(256, 512), torch.randn(1024, 256)
+    layer, x = nn.Linear(256, 512), torch.randn(1024, 256, requires_grad=True)
     seconds = 2 * 1024 * 512 * 256 / RATES.matmul + RATES.kernel
     twice_read = (1024 * (256 + 512) * (2 * 4 + 1) + 4 * (256 + 512)) / RATES.quantize_columns + 4 * RATES.kernel
-    once_read = (1024 * (256 + 512) * (4 + 1) + 4 * (256 + 512)) / RATES.quantize_columns + 2 * RATES.kernel
+    # The activation times the scales of tokens, once read; int8 of the gradient, which grad_input reads as well, turned.
+    once_read = (1024 * (256 * (4 + 1) + 512 * 2 + 4) + 4 * 256) / RATES.quantize_columns + 2 * RATES.kernel
+    once_read += ((1024 * (512 * (4 + 1) + 4)) / RATES.quantize + RATES.kernel) / 2
     for recipe, rate, quantize in (("switchback_full", 1.5e12, once_read), ("llm_int8", RATES.quantized_matmul, twice_read)):
         (decision,) = (
             d for d in swcompile.explain(layer, x, include="*", recipe=recipe).decisions if d.role is Role.GRAD_WEIGHT

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import swcompile
 from swcompile import Decision, Role, Scaling, format_graph, joint_passes, make_recipe
 from swcompile.cost import Prediction
-from swcompile.kernels.quantize_blockwise import padded
+from swcompile.kernels.int8 import padded
 from swcompile.kernels.quantize_columnwise import QUANTIZE_COLUMNWISE_TRANSPOSE
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
 from swcompile.kernels.quantize_tensorwise import (
@@ -376,7 +376,7 @@ def test_a_second_run_changes_nothing(recipe: str) -> None:
     for again, d in zip(result.decisions, first, strict=True):
         reason = f"{d.number_format} already" if d.rewritten else d.reason.partition(";")[0]
         *sizes, summed = d.shape
-        shape = (*sizes, padded(summed)) if "block x block" in d.reason else d.shape  # zeros are multiplied, too
+        shape = (*sizes, padded(summed)) if "token x block" in d.reason else d.shape  # zeros are multiplied, too
         assert again == dataclasses.replace(d, node=again.node, reason=reason, shape=shape)
 
 

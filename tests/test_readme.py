@@ -48,5 +48,5 @@ def test_commands_and_links_exist() -> None:
 
 
 def _describe(gemm: GemmFormat | None) -> str:
-    words = {Scaling.VECTOR: "row", Scaling.TENSOR: "tensor", Scaling.BLOCK: "block"}
+    words = {Scaling.VECTOR: "row", Scaling.TENSOR: "tensor", Scaling.BLOCK: "block", Scaling.TOKEN: "token"}
     return "16 bit" if gemm is None else f"int8, {words[gemm.other]} × {words[gemm.weight]}"

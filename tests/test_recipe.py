@@ -10,7 +10,7 @@ import pytest
 from swcompile import RECIPES, GemmFormat, Recipe, Role, Scaling, make_recipe
 
 TENSOR, VECTOR = GemmFormat(weight=Scaling.TENSOR), GemmFormat(weight=Scaling.VECTOR)
-BLOCKS = GemmFormat(weight=Scaling.BLOCK, other=Scaling.BLOCK)
+BLOCKS = GemmFormat(weight=Scaling.BLOCK, other=Scaling.TOKEN)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
     [
         ({"weight": Scaling.TENSOR, "other": Scaling.TENSOR}, "other is Scaling.TENSOR, but must be Scaling.VECTOR"),
         ({"weight": Scaling.VECTOR, "other": Scaling.TENSOR}, "other is Scaling.TENSOR, but must be Scaling.VECTOR"),
-        ({"weight": "tensor"}, "weight is 'tensor', but must be Scaling.VECTOR, Scaling.TENSOR or Scaling.BLOCK"),
-        ({"weight": Scaling.VECTOR, "other": None}, "other is None, but must be Scaling.VECTOR, Scaling.TENSOR or Scaling.BLOCK"),
+        ({"weight": "tensor"}, "weight is 'tensor', but must be one of Scaling.VECTOR, TENSOR, BLOCK and TOKEN"),
+        ({"weight": Scaling.VECTOR, "other": None}, "other is None, but must be one of Scaling.VECTOR, TENSOR, BLOCK and TOKEN"),
     ],
 )
 def test_formats_that_cannot_run(values: dict[str, Any], message: str) -> None:
@@ -172,9 +172,12 @@ def test_unmatched_patterns_come_with_the_closest_name() -> None:
 
 
 def test_formats_that_no_kernel_has() -> None:
-    for scalings in ({"weight": Scaling.BLOCK}, {"weight": Scaling.TENSOR, "other": Scaling.BLOCK}):
-        with pytest.raises(ValueError, match="scales by block are for both operands: give both"):
-            GemmFormat(**scalings)
+    block, token, tensor = Scaling.BLOCK, Scaling.TOKEN, Scaling.TENSOR
+    for weight, other in ((block, Scaling.VECTOR), (tensor, token), (token, block), (token, token), (block, block)):
+        with pytest.raises(ValueError, match="go together: give weight=Scaling.BLOCK and other=Scaling.TOKEN"):
+            GemmFormat(weight=weight, other=other)
+    with pytest.raises(ValueError, match="other is Scaling.BLOCK, but must be Scaling.VECTOR"):
+        GemmFormat(weight=tensor, other=block)
     for role in ("output", "grad_input"):
         with pytest.raises(ValueError, match=f"{role} has scales by block, but only grad_weight"):
             Recipe(name="mine", **{role: BLOCKS})

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from swcompile.kernels.quantize_blockwise import quantize_blockwise_transpose
+from swcompile.kernels.quantize_rowwise import quantize_rowwise
 from swcompile.kernels.scaled_mm_blockwise import (
     SCALED_MM_BLOCKWISE,
     scaled_mm_blockwise,
@@ -21,24 +22,23 @@ from swcompile.kernels.scaled_mm_kernels import (
     has_wgmma,
     launcher,
 )
+from swcompile.kernels.transpose import transpose
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernels run in Triton's interpreter on the latter
 DTYPES = [torch.float16, torch.float32]
 CONFIGS = [*HOPPER_BLOCKWISE_CANDIDATES, *TMA_BLOCKWISE_CANDIDATES, *POINTER_BLOCKWISE_CANDIDATES]
 
 
-def operands(num_rows: int, num_columns: int, num_summed: int) -> tuple[torch.Tensor, ...]:
+def operands(num_rows: int, num_columns: int, num_summed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    sizes = num_rows, num_columns
-    quantized = [torch.randint(-127, 128, (size, num_summed), dtype=torch.int8, device=DEVICE) for size in sizes]
-    return *quantized, *[torch.rand(-(-num_summed // 1024), size, device=DEVICE) * 0.01 for size in sizes]
-
-
-def in_float64(a_q: torch.Tensor, b_q: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor) -> torch.Tensor:
-    a, b = (
-        q.double() * scale.t().repeat_interleave(1024, 1)[:, : q.shape[1]] for q, scale in ((a_q, scale_a), (b_q, scale_b))
+    a_q, b_q = (
+        torch.randint(-127, 128, (size, num_summed), dtype=torch.int8, device=DEVICE) for size in (num_rows, num_columns)
     )
-    return a @ b.t()
+    return a_q, b_q, torch.rand(-(-num_summed // 1024), num_columns, device=DEVICE) * 0.01
+
+
+def in_float64(a_q: torch.Tensor, b_q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return a_q.double() @ (b_q.double() * scale.t().repeat_interleave(1024, 1)[:, : b_q.shape[1]]).t()
 
 
 # multiples of 16 bytes, which the TMA kernel wants, and others; of one block, of several, and of none
@@ -64,7 +64,7 @@ def test_a_block_may_be_as_large_as_float32_holds():
     a_q[0, 0] = 126
     ones = torch.ones(1, 1, device=DEVICE)
     for function in (scaled_mm_blockwise_reference, scaled_mm_blockwise_triton):
-        assert function(a_q, a_q, ones, ones, torch.float32).item() == 1023 * 127**2 + 126**2
+        assert function(a_q, a_q, ones, torch.float32).item() == 1023 * 127**2 + 126**2
 
 
 def check_configuration(config: MatmulConfig, *shape: int, dtype: torch.dtype) -> None:
@@ -75,7 +75,8 @@ def check_configuration(config: MatmulConfig, *shape: int, dtype: torch.dtype) -
     if config.kernel == "wgmma" and not has_wgmma(out.device):
         pytest.skip("needs a Hopper GPU; Triton's interpreter does not know Gluon")
     expected = scaled_mm_blockwise_reference(*arguments, dtype)
-    tensors = *arguments, None, out
+    a_q, b_q, scale = arguments
+    tensors = a_q, b_q, None, scale, None, out
     launch = launcher(config, *tensors, blockwise=True)
     for _ in range(20 if DEVICE == "cuda" else 1):  # a race between copies and multiplications need not show at once
         out.fill_(torch.nan)
@@ -108,10 +109,11 @@ def test_scales_wait_in_a_ring_that_is_long_enough(config, num_summed):
     arguments = operands(1000, 2064, num_summed)
     expected = scaled_mm_blockwise_reference(*arguments, torch.bfloat16)
     out = torch.empty_like(expected)
-    launch = blockwise_wgmma_launcher(config, 1, *arguments[:2])
+    a_q, b_q, scale = arguments
+    launch = blockwise_wgmma_launcher(config, 1, a_q, b_q)
     for _ in range(20):
         out.fill_(torch.nan)
-        launch(*arguments, None, out)
+        launch(a_q, b_q, None, scale, None, out)
         assert torch.equal(out, expected)
 
 
@@ -122,16 +124,16 @@ def test_float32_results(config):
 
 
 def test_unaligned_scales():
-    *quantized, scale_a, scale_b = operands(40, 48, 1040)
-    shifted = torch.empty(scale_b.numel() + 1, device=DEVICE)[1:].view(scale_b.shape).copy_(scale_b)
-    out = scaled_mm_blockwise(*quantized, scale_a, shifted, torch.float32)
-    assert torch.equal(out, scaled_mm_blockwise_reference(*quantized, scale_a, scale_b, torch.float32))
+    a_q, b_q, scale = operands(40, 48, 1040)
+    shifted = torch.empty(scale.numel() + 1, device=DEVICE)[1:].view(scale.shape).copy_(scale)
+    out = scaled_mm_blockwise(a_q, b_q, shifted, torch.float32)
+    assert torch.equal(out, scaled_mm_blockwise_reference(a_q, b_q, scale, torch.float32))
 
 
 def test_layouts_that_no_kernel_reads():
-    a_q, b_q, scale_a, scale_b = operands(40, 48, 1040)
-    transposed = a_q.t().contiguous().t(), b_q, scale_a.t().contiguous().t(), scale_b
-    expected = scaled_mm_blockwise_reference(a_q, b_q, scale_a, scale_b, torch.float32)
+    a_q, b_q, scale = operands(40, 48, 1040)
+    transposed = a_q.t().contiguous().t(), b_q, scale.t().contiguous().t()
+    expected = scaled_mm_blockwise_reference(a_q, b_q, scale, torch.float32)
     assert torch.equal(scaled_mm_blockwise_triton(*transposed, torch.float32), expected)
 
 
@@ -140,6 +142,13 @@ def test_autocast_changes_nothing():
     with torch.autocast(DEVICE, torch.bfloat16):
         out = scaled_mm_blockwise(*arguments)
     assert torch.equal(out, scaled_mm_blockwise_reference(*arguments))
+
+
+def in_8_bit(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What a recipe makes of ``gradient.T @ x``, in float32."""
+    gradient_q, token_scale = quantize_rowwise(gradient)
+    x_q, scale = quantize_blockwise_transpose(x, token_scale)
+    return scaled_mm_blockwise(transpose(gradient_q), x_q, scale, torch.float32)
 
 
 def test_tokens_that_change():
@@ -151,27 +160,23 @@ def test_tokens_that_change():
         x, tangent = (torch.randn(tokens, width, device=DEVICE) for width in (32, 16))
         layer.zero_grad()
         compiled(x).backward(tangent)
-        (a_q, scale_a), (b_q, scale_b) = quantize_blockwise_transpose(tangent), quantize_blockwise_transpose(x)
-        expected = scaled_mm_blockwise(a_q, b_q, scale_a, scale_b, torch.float32)
-        assert torch.equal(layer.weight.grad, expected)
+        assert torch.equal(layer.weight.grad, in_8_bit(tangent, x))
 
 
 def test_a_scale_of_nan_is_seen():
-    a_q, b_q, scale_a, scale_b = operands(4, 6, 2048)
-    scale_a[1, 2] = torch.nan
+    a_q, b_q, scale = operands(4, 6, 2048)
+    scale[1, 2] = torch.nan
     for function in (scaled_mm_blockwise_reference, scaled_mm_blockwise_triton):
-        out = function(a_q, b_q, scale_a, scale_b, torch.float32)
-        assert out.isnan().all(1).tolist() == [False, False, True, False]
+        out = function(a_q, b_q, scale, torch.float32)
+        assert out.isnan().all(0).tolist() == [column == 2 for column in range(6)] and out.isnan().sum() == 4
 
 
 def test_a_gradient_of_quantised_operands():
     torch.manual_seed(0)
     sizes = torch.rand(1500, 1, device=DEVICE).mul(6).exp2()  # tokens of many magnitudes
     gradient, x = (torch.randn(1500, width, device=DEVICE) * sizes for width in (48, 64))
-    (a_q, scale_a), (b_q, scale_b) = quantize_blockwise_transpose(gradient), quantize_blockwise_transpose(x)
-    out = scaled_mm_blockwise(a_q, b_q, scale_a, scale_b, torch.float32)
     exact = gradient.double().t() @ x.double()
-    error = (out - exact).norm() / exact.norm()
+    error = (in_8_bit(gradient, x) - exact).norm() / exact.norm()
     assert 0.001 < error < 0.03
 
 
@@ -186,15 +191,15 @@ def test_candidates():
 
 
 def test_user_errors():
-    a, b, scale_a, scale_b = operands(4, 6, 16)
+    a, b, scale = operands(4, 6, 16)
     for arguments, message in (
-        ((a.float(), b, scale_a, scale_b, torch.float32), "must be int8"),
-        ((a, b[:, :8], scale_a, scale_b, torch.float32), "a_q sums over K=16, but b_q over 8"),
-        ((a, b, scale_a[:0], scale_b, torch.float32), r"scale_a is \(0, 4\), but must be \(1, 4\): a row for each 1024 products"),
-        ((a, b, scale_a, scale_b.t(), torch.float32), r"scale_b is \(6, 1\), but must be \(1, 6\)"),
-        ((a, b, scale_a, scale_b, torch.float64), "out_dtype is torch.float64"),
-        ((a, b, scale_a.double(), scale_b, torch.float32), "scales must be float32"),
-        ((a[0], b, scale_a, scale_b, torch.float32), "must have 2 dimensions"),
+        ((a.float(), b, scale, torch.float32), "must be int8"),
+        ((a, b[:, :8], scale, torch.float32), "a_q sums over K=16, but b_q over 8"),
+        ((a, b, scale[:0], torch.float32), r"scale is \(0, 6\), but must be \(1, 6\): a row for each 1024 products"),
+        ((a, b, scale.t(), torch.float32), r"scale is \(6, 1\), but must be \(1, 6\)"),
+        ((a, b, scale, torch.float64), "out_dtype is torch.float64"),
+        ((a, b, scale.double(), torch.float32), "scales must be float32"),
+        ((a[0], b, scale, torch.float32), "must have 2 dimensions"),
     ):
         with pytest.raises(ValueError, match=message):
             scaled_mm_blockwise(*arguments)
@@ -206,5 +211,5 @@ def test_opcheck(num_summed):
 
 
 def test_work():
-    expected = 2 * 2 * 3 * 1040, (2 + 3) * 1040 + 2 * 3 * 2 + 2 * 4 * (2 + 3)
+    expected = 2 * 2 * 3 * 1040, (2 + 3) * 1040 + 2 * 3 * 2 + 2 * 4 * 3
     assert scaled_mm_blockwise_work(2, 3, 1040, 2) == expected

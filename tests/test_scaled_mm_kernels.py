@@ -69,7 +69,7 @@ blocks = {"a_desc": ("i8", 1, config.block_m, config.block_k)}
 for side, columns in zip(("left", "right"), columns_of(config)):
     blocks[f"{side}_desc"] = "i8", 1, columns, config.block_k
     blocks[f"{side}_out_desc"] = "bf16", 2, config.block_m // 2, columns
-rows = {"scale_a_desc": config.block_m // 2, **dict(zip(("scale_left_desc", "scale_right_desc"), columns_of(config)))}
+rows = dict(zip(("scale_left_desc", "scale_right_desc"), columns_of(config)))
 constants = constants_of(config)
 instructions = ["m64n128k32.s32.s8.s8", "m64n64k32.s32.s8.s8"]
 """

@@ -23,6 +23,7 @@ from swcompile.kernels.quantize_tensorwise import (
 )
 from swcompile.kernels.scaled_mm import SCALED_MM
 from swcompile.kernels.scaled_mm_blockwise import SCALED_MM_BLOCKWISE
+from swcompile.kernels.transpose import TRANSPOSE
 from swcompile.pipeline import PassResult, emit
 from swcompile.recipe import GemmFormat, Recipe, Role, Scaling, fused_devices
 from swcompile.report import Decision
@@ -111,18 +112,20 @@ def _predictions(
 
 def _candidates(matmuls: Sequence[Matmul], recipe: Recipe) -> list[Candidate]:
     """The matmuls, each with how many of them share what it reads."""
-    sharing = Counter(_activation_key(matmul) for matmul in matmuls)
+    sharing = Counter(_activation_key(matmul, recipe) for matmul in matmuls)
     readers = Counter(_weight_key(matmul) for matmul in matmuls)
     scale_readers = Counter(_weight_key(matmul)[0] for matmul in matmuls if _keeps_scale(matmul, recipe))
     candidates = []
     for matmul in matmuls:
         gemm = recipe.format_of(matmul.role)
         assert gemm is not None
-        sharers = sharing[_activation_key(matmul)]
+        sharers = sharing[_activation_key(matmul, recipe)]
         is_held = readers[_weight_key(matmul)] == 1 and _can_be_held(matmul, gemm)
         weight_passes = recipe.micro_batches if is_held else 1
         scale_sharers = scale_readers[_weight_key(matmul)[0]] if _keeps_scale(matmul, recipe) else 1
-        candidates.append(Candidate(matmul, gemm, sharers, _will_be_fused(matmul, recipe), weight_passes, scale_sharers))
+        fuses = _activation(matmul).meta["val"].device.type in fused_devices(recipe)
+        is_fused = fuses and _will_be_fused(matmul, gemm)
+        candidates.append(Candidate(matmul, gemm, sharers, is_fused, weight_passes, scale_sharers))
     return candidates
 
 
@@ -130,10 +133,16 @@ def _is_new(matmul: Matmul, decision: Decision) -> bool:
     return decision.rewritten and not matmul.number_format
 
 
-def _activation_key(matmul: Matmul) -> tuple[object, ...]:
-    """Equal for matmuls that read the same activation (or gradient), however it is viewed, in the same orientation."""
-    activation = matmul.rhs if matmul.weight_on_left else matmul.lhs
-    return values.source_of(activation), matmul.role is Role.GRAD_WEIGHT
+def _activation_key(matmul: Matmul, recipe: Recipe) -> tuple[object, ...]:
+    """Equal for matmuls that read the same quantised activation (or gradient), however it is viewed."""
+    activation, gemm = _activation(matmul), recipe.format_of(matmul.role)
+    by_rows = matmul.role is not Role.GRAD_WEIGHT or (gemm is not None and gemm.is_by_block)
+    return values.source_of(activation), by_rows
+
+
+def _activation(matmul: Matmul) -> fx.Node:
+    """The operand that is not the weight; in ``grad_weight`` the gradient, transposed."""
+    return matmul.rhs if matmul.weight_on_left else matmul.lhs
 
 
 def _weight_key(matmul: Matmul) -> tuple[fx.Node, Role]:
@@ -163,14 +172,15 @@ def _keeps_scale(matmul: Matmul, recipe: Recipe) -> bool:
     return has_one_scale and recipe.micro_batches == 1 and "recompute" not in matmul.node.meta
 
 
-def _will_be_fused(matmul: Matmul, recipe: Recipe) -> bool:
-    """Whether `fuse_quantization` will most likely quantise the activation in the kernel that computes it."""
-    activation = matmul.rhs if matmul.weight_on_left else matmul.lhs
-    if matmul.role is Role.GRAD_WEIGHT or activation.meta["val"].device.type not in fused_devices(recipe):
+def _will_be_fused(matmul: Matmul, gemm: GemmFormat) -> bool:
+    """Whether `fuse_quantization`, where it runs, will most likely quantise the activation in the kernel that computes it."""
+    activation = _activation(matmul)
+    if matmul.role is Role.GRAD_WEIGHT and not gemm.is_by_block:
         return False
+    features = facts.sizes(activation)[-2 if matmul.role is Role.GRAD_WEIGHT else -1]
     *_, origin = values.derivation(activation)
     frame = Frame.of(origin)
-    return frame is not None and frame.num_columns == facts.sizes(activation)[-1] and frame.computes(origin)
+    return frame is not None and frame.num_columns == features and frame.computes(origin)
 
 
 class _Sum(NamedTuple):
@@ -197,17 +207,18 @@ class _Rewriter:
         self.backward = facts.backward_nodes(graph)
         self.quantized: dict[tuple[object, ...], tuple[fx.Node, fx.Node]] = {}
         self.scales: dict[object, fx.Node] = {}
+        self.transposed: dict[fx.Node, fx.Node] = {}
 
     def rewrite(self, matmul: Matmul, gemm: GemmFormat) -> None:
         """Replace one matmul by quantise and `scaled_mm`.
 
-        An operand with one scale must be scaled_mm's second, and a batch is folded into the rows of its first: where
-        the weight stands left and needs either, ``w @ x`` is computed as ``(x.T @ w.T).T``. What scaled_mm cannot
-        add itself is added to its product in float32, before the one cast to the matmul's dtype.
+        An operand with one scale, or scales by block, must be scaled_mm's second, and a batch is folded into the rows of its
+        first: where the weight stands left and needs any of these, ``w @ x`` is computed as ``(x.T @ w.T).T``. What scaled_mm
+        cannot add itself is added to its product in float32, before the one cast to the matmul's dtype.
         """
         node = matmul.node
         value = node.meta["val"]
-        swap = matmul.weight_on_left and (gemm.weight is Scaling.TENSOR or value.dim() == 3)
+        swap = matmul.weight_on_left and (gemm.weight in (Scaling.TENSOR, Scaling.BLOCK) or value.dim() == 3)
         scalings = [gemm.weight, gemm.other] if matmul.weight_on_left else [gemm.other, gemm.weight]
         total = _sum_of(node)
         bias = None if swap or gemm.is_by_block else _bias(total, matmul)
@@ -219,9 +230,10 @@ class _Rewriter:
                 scalings.reverse()
             dtype = torch.float32 if adds else value.dtype
             if gemm.is_by_block:
-                a_q, a_scale = self._quantize_blocks(operands[0], node, transposed=False)
-                b_q, b_scale = self._quantize_blocks(operands[1], node, transposed=True)
-                out = emit(self.graph, SCALED_MM_BLOCKWISE, a_q, b_q, a_scale, b_scale, dtype, like=node)
+                gradient_q, token_scale = self._quantize(self._transpose(operands[0], node), Scaling.VECTOR, node, transposed=False)
+                a_q = self._transposed(gradient_q, node)
+                b_q, b_scale = self._quantized(QUANTIZE_BLOCKWISE_TRANSPOSE, node, operands[1], token_scale)
+                out = emit(self.graph, SCALED_MM_BLOCKWISE, a_q, b_q, b_scale, dtype, like=node)
             else:
                 a_q, a_scale = self._quantize(operands[0], scalings[0], node, transposed=False)
                 b_q, b_scale = self._quantize(operands[1], scalings[1], node, transposed=True)
@@ -306,19 +318,13 @@ class _Rewriter:
         """
         if _is_column_major(operand.meta["val"]):
             operand, transposed = self._transpose(operand, like), not transposed
-        return self._quantized(_QUANTIZERS[scaling, transposed], operand, like)
+        return self._quantized(_QUANTIZERS[scaling, transposed], like, operand)
 
-    def _quantize_blocks(self, operand: fx.Node, like: fx.Node, *, transposed: bool) -> tuple[fx.Node, fx.Node]:
-        """(int8 [outer, contracted], scale [blocks, outer]) of an operand, shared with equal requests; as for `_quantize`."""
-        if not transposed:
-            operand = self._transpose(operand, like)
-        return self._quantized(QUANTIZE_BLOCKWISE_TRANSPOSE, operand, like)
-
-    def _quantized(self, quantizer: Any, operand: fx.Node, like: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """What an op makes of an operand: emitted once for the forward, and once for the backward."""
+    def _quantized(self, quantizer: Any, like: fx.Node, operand: fx.Node, *factors: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """What an op makes of an operand (and factors): emitted once for the forward, and once for the backward."""
         in_backward = like in self.backward
         memory = values.memory_of(operand)
-        key = (memory, quantizer, in_backward)
+        key = (memory, quantizer, in_backward, *factors)
         if key not in self.quantized:
             # What the backward quantises it quantises itself: an 8-bit copy is never kept for it from the forward.
             late = in_backward and operand not in self.backward
@@ -327,7 +333,7 @@ class _Rewriter:
                 scale, transpose = self.scales[memory], quantizer == QUANTIZE_TENSORWISE_TRANSPOSE
                 q = emit(self.graph, QUANTIZE_BY_SCALE, operand, scale, transpose, like=like, only_in_backward=late)
             else:
-                pair = emit(self.graph, quantizer, operand, like=like, only_in_backward=late)
+                pair = emit(self.graph, quantizer, operand, *factors, like=like, only_in_backward=late)
                 q = emit(self.graph, getitem, pair, 0, like=like, only_in_backward=late)
                 scale = emit(self.graph, getitem, pair, 1, like=like, only_in_backward=late)
                 if finds_one_scale:
@@ -335,6 +341,12 @@ class _Rewriter:
             q.meta["quantized_with"] = scale
             self.quantized[key] = q, scale
         return self.quantized[key]
+
+    def _transposed(self, q: fx.Node, like: fx.Node) -> fx.Node:
+        """The transpose of an int8 matrix in memory of its own, emitted once."""
+        if q not in self.transposed:
+            self.transposed[q] = emit(self.graph, TRANSPOSE, q, like=like)
+        return self.transposed[q]
 
     def _transpose(self, matrix: fx.Node, like: fx.Node) -> fx.Node:
         """The transpose of a matrix; of a transpose, the matrix itself."""
