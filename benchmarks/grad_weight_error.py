@@ -13,6 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ from swcompile.kernels.formats import E4M3
 from swcompile.kernels.int8 import BLOCK_ROWS
 from swcompile.kernels.quantize_blockwise import quantize_blockwise_transpose
 from swcompile.kernels.quantize_columnwise import quantize_columnwise_transpose
+from swcompile.kernels.quantize_rowwise import quantize_rowwise
 from swcompile.kernels.quantize_tensorwise import quantize_tensorwise
+from swcompile.kernels.scaled_mm_blockwise import scaled_mm_blockwise
+from swcompile.kernels.transpose import transpose
 
 Pair = tuple[Tensor, Tensor]
 
@@ -50,14 +54,9 @@ def as_int8_by_channel(x: Tensor) -> Tensor:
     return (q * scale).t().double()
 
 
-def as_int8_by_block(x: Tensor) -> Tensor:
-    q, scale = quantize_blockwise_transpose(x)
-    return (q[:, : len(x)].t() * scale.repeat_interleave(BLOCK_ROWS, 0)[: len(x)]).double()
-
-
-def as_int8_by_small_block(x: Tensor) -> Tensor:
-    """A scale for each channel and block of 128 tokens: no kernel here does it."""
-    return torch.cat([as_int8_by_channel(block) for block in x.split(128)])
+def as_int8_by_block(x: Tensor, rows: int = BLOCK_ROWS) -> Tensor:
+    """A scale for each channel and block of tokens: no kernel here does it by itself."""
+    return torch.cat([as_int8_by_channel(block) for block in x.split(rows)])
 
 
 def as_int8_by_tensor(x: Tensor) -> Tensor:
@@ -65,13 +64,34 @@ def as_int8_by_tensor(x: Tensor) -> Tensor:
     return (q * scale).double()
 
 
-ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "bf16": as_bf16,
-    "e4m3, a scale a channel": as_e4m3_by_channel,
-    "int8, a scale a channel (llm_int8)": as_int8_by_channel,
-    "int8, a scale a channel and block of 1024 tokens (switchback_full)": as_int8_by_block,
-    "int8, a scale a channel and block of 128 tokens": as_int8_by_small_block,
-    "int8, a scale a tensor": as_int8_by_tensor,
+def each(as_rounded: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The product of a gradient and an activation that are rounded alike."""
+    return lambda gradient, x: as_rounded(gradient).t() @ as_rounded(x)
+
+
+def of_switchback_full(gradient: Tensor, x: Tensor) -> Tensor:
+    gradient_q, token_scale = quantize_rowwise(gradient)
+    x_q, scale = quantize_blockwise_transpose(x, token_scale)
+    return scaled_mm_blockwise(transpose(gradient_q), x_q, scale, torch.float32).double()
+
+
+def of_switchback_full_from_int8(gradient: Tensor, x: Tensor) -> Tensor:
+    """With `save_int8_activations`."""
+    gradient_q, token_scale = quantize_rowwise(gradient)
+    x_q, x_scale = quantize_rowwise(x)
+    x_q, scale = quantize_blockwise_transpose(x_q, token_scale * x_scale)
+    return scaled_mm_blockwise(transpose(gradient_q), x_q, scale, torch.float32).double()
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bf16": each(as_bf16),
+    "e4m3, a scale a channel": each(as_e4m3_by_channel),
+    "int8, a scale a channel (llm_int8)": each(as_int8_by_channel),
+    "int8, a scale a channel and block of 1024 tokens": each(as_int8_by_block),
+    "int8, a scale a channel and block of 128 tokens": each(partial(as_int8_by_block, rows=128)),
+    "int8, by token, activations by channel and block of 1024 (switchback_full)": of_switchback_full,
+    "the same, with activations from int8 by token": of_switchback_full_from_int8,
+    "int8, a scale a tensor": each(as_int8_by_tensor),
 }
 
 
@@ -131,8 +151,8 @@ def errors(pairs: dict[str, Pair]) -> list[dict[str, str | float]]:
 
     for x, gradient in pairs.values():
         exact = gradient.double().t() @ x.double()
-        for name, as_rounded in ROUNDINGS.items():
-            compare(name, as_rounded(gradient).t() @ as_rounded(x), exact)
+        for name, product in PRODUCTS.items():
+            compare(name, product(gradient, x), exact)
         half = len(x) // 2
         compare("half the batch, in float64", 2 * gradient[:half].double().t() @ x[:half].double(), exact)
     return [

@@ -17,8 +17,9 @@ from swcompile.kernels import (
     row_program_triton,
     scaled_mm,
     scaled_mm_blockwise,
+    transpose,
 )
-from swcompile.kernels.int8 import num_blocks
+from swcompile.kernels.int8 import num_blocks, padded
 from swcompile.kernels.library import Work
 from swcompile.kernels.map_rows import MAP_ROWS, map_rows_work
 from swcompile.kernels.quantize_rowwise import RowwiseConfig
@@ -146,7 +147,9 @@ def quantizer_cases(only: str) -> Iterable[Case]:
         shape = (TOKENS, width)
         tuned = {"tuner": block.TUNER, "candidates": block.CANDIDATES, "launch": _launch_blockwise}
         work = block.quantize_blockwise_transpose_work(*shape, 2)
-        yield from case("quantize_blockwise_transpose", shape, work, partial(normal, *shape), **tuned)
+        yield from case("quantize_blockwise_transpose", shape, work, partial(_with_factors, *shape), **tuned)
+        tuned = {"tuner": transpose.TUNER, "candidates": transpose.CANDIDATES, "launch": _launch_transpose}
+        yield from case("transpose", shape, transpose.transpose_work(*shape), partial(_codes, *shape), **tuned)
     for width in (1280, 5120):
         work = dequantize.dequantize_work(TOKENS, width, 2, num_scales=TOKENS)
         operands = partial(lambda width: (*quantized(TOKENS, width), torch.bfloat16), width)
@@ -157,6 +160,17 @@ def _with_scale(*shape: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """A weight, its scale, and that it is to be transposed."""
     (x,) = normal(*shape)
     return x, quantize_tensorwise.quantize_tensorwise(x)[1], True
+
+
+def _with_factors(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An activation, and the scales of another tensor's tokens."""
+    (x,) = normal(*shape)
+    return x, torch.rand(len(x), 1, device="cuda")
+
+
+def _codes(*shape: int) -> tuple[torch.Tensor]:
+    """A gradient in int8."""
+    return quantized(*shape)[:1]
 
 
 def row_program_cases(only: str) -> Iterable[Case]:
@@ -211,18 +225,23 @@ def _launch_columnwise(config: Any, x: torch.Tensor) -> None:
     quantize_columnwise.launcher(config, x)(x, x_q, torch.empty((x.shape[1], 1), device="cuda"))
 
 
-def _launch_blockwise(config: Any, x: torch.Tensor) -> None:
+def _launch_blockwise(config: Any, x: torch.Tensor, factor: torch.Tensor) -> None:
     num_rows, num_columns = x.shape
-    x_q = torch.empty((num_columns, quantize_blockwise.padded(num_rows)), dtype=torch.int8, device="cuda")
-    quantize_blockwise.launcher(config, x)(x, x_q, torch.empty((num_blocks(num_rows), num_columns), device="cuda"))
+    x_q = torch.empty((num_columns, padded(num_rows)), dtype=torch.int8, device="cuda")
+    quantize_blockwise.launcher(config, x)(x, factor, x_q, torch.empty((num_blocks(num_rows), num_columns), device="cuda"))
+
+
+def _launch_transpose(config: Any, q: torch.Tensor) -> None:
+    transpose.launcher(config, q)(q, torch.empty((q.shape[1], padded(len(q))), dtype=torch.int8, device="cuda"))
 
 
 def quantized(num_rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     return quantize_rowwise.quantize_rowwise(*normal(num_rows, width))
 
 
-def _launch_matmul(config: MatmulConfig, *arguments: Any, out: torch.Tensor, blockwise: bool) -> None:
-    operands = *arguments[:4], None, out
+def _launch_matmul(config: MatmulConfig, a_q: Any, b_q: Any, *scales: Any, out: torch.Tensor, blockwise: bool) -> None:
+    scale_a, scale_b = (None, scales[0]) if blockwise else scales[:2]
+    operands = a_q, b_q, scale_a, scale_b, None, out
     launcher(config, *operands, blockwise=blockwise)(*operands)
 
 
@@ -240,8 +259,9 @@ def matmul_cases(num_rows: int, only: str) -> Iterable[Case]:
     for in_features, out_features in LAYERS if only in "scaled_mm_blockwise" else []:
 
         def operands(in_features: int = in_features, out_features: int = out_features) -> tuple[Any, ...]:
-            (a_q, scale_a), (b_q, scale_b) = (quantize_blocks(*normal(num_rows, size)) for size in (out_features, in_features))
-            return a_q, b_q, scale_a, scale_b, torch.bfloat16
+            gradient_q, token_scale = quantized(num_rows, out_features)
+            b_q, scale = quantize_blocks(*normal(num_rows, in_features), token_scale)
+            return transpose.transpose(gradient_q), b_q, scale, torch.bfloat16
 
         yield _matmul_case(scaled_mm_blockwise, "scaled_mm_blockwise", f"{out_features} x {in_features}: {num_rows}", operands)
 

@@ -39,8 +39,8 @@ def quantize_blockwise_transpose(x_NK: torch.Tensor, factor_N1: torch.Tensor) ->
     token that is much larger than the others takes bits from those of its block alone. x is read once.
 
     Args:
-        x_NK: [N, K] bfloat16, float16 or float32, any strides.
-        factor_N1: [N, 1] float32. The product is rounded to float32.
+        x_NK: [N, K] bfloat16, float16, float32 or, of what is in int8 already, int8; any strides.
+        factor_N1: [N, 1] float32; for int8 its scales are part of the factors. The product is rounded to float32.
 
     Returns:
         x_q [K, P] int8, contiguous, with zeros from N to P, as tensor cores want multiples of 16; and scale
@@ -171,7 +171,7 @@ TUNER: Tuner[BlockConfig] = Tuner("quantize_blockwise_transpose", [__file__, int
 
 def _check_input(x: torch.Tensor, factor: torch.Tensor) -> None:
     """Raise `ValueError` on a wrong dtype or rank. Looks at no size: sizes may be symbolic."""
-    check_quantizer_input("quantize_blockwise_transpose", x)
+    check_quantizer_input("quantize_blockwise_transpose", x, takes_int8=True)
     if factor.dtype != torch.float32 or factor.dim() != 2:
         raise ValueError(
             f"quantize_blockwise_transpose: factor is {factor.dtype} with {factor.dim()} dimensions, but must be float32 [N, 1]"

@@ -6,6 +6,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from swcompile import graph as facts
 from swcompile.kernels.dequantize import DEQUANTIZE
+from swcompile.kernels.quantize_blockwise import QUANTIZE_BLOCKWISE_TRANSPOSE
 from swcompile.kernels.quantize_columnwise import QUANTIZE_COLUMNWISE_TRANSPOSE
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
 from swcompile.pipeline import PassResult, emit
@@ -31,6 +32,11 @@ def save_int8_activations(graph: fx.Graph) -> PassResult:
         %9: f32[8, 32] = swcompile.dequantize(%x_q, %x_scale, f32)
         %10: f32[64, 32] = aten.mm(%g_t, %9)
 
+    A matmul in 8 bit with scales by block quantises from the int8 activation, by both scales of a token::
+
+        %9: f32[8, 1] = aten.mul.Tensor(%g_scale, %x_scale)
+        %10: (i8[32, 16], f32[1, 32]) = swcompile.quantize_blockwise_transpose(%x_q, %9)
+
     The partitioner then keeps the int8 tensor and its scales from forward to backward and lets ``x`` go, unless the
     backward needs ``x`` for something else (attention's output, for attention's own backward): there it quantises
     ``x`` again.
@@ -46,24 +52,30 @@ def save_int8_activations(graph: fx.Graph) -> PassResult:
     result = PassResult()
     read_before: dict[fx.Node, list[fx.Node]] = {}
     for matmul in facts.matmuls(graph):
-        if matmul.role is not Role.GRAD_WEIGHT or matmul.number_format:
+        reader = _reader(matmul)
+        if reader is None:
             continue
         operand = matmul.lhs if matmul.weight_on_left else matmul.rhs
+        if reader is not matmul.node:
+            operand, token_scale = reader.all_input_nodes
         if operand.meta["val"].dim() == 3:
             result.notes[matmul.node.name] = "a batch of products reads its activation as it is"
             continue
         pair, transposed = quantized.get(memory_of(operand)), False
-        if pair is None:
+        if pair is None and reader is matmul.node:
             pair, transposed = quantized.get(memory_of(operand, transposed=True)), True
         if pair is None:
             result.notes[matmul.node.name] = "its activation is not in int8"
             continue
-        with graph.inserting_before(matmul.node):
-            dtype = operand.meta["val"].dtype
-            x = emit(graph, DEQUANTIZE, *_parts(pair), dtype, like=matmul.node, only_in_backward=True)
-            if transposed:
-                x = emit(graph, aten.permute.default, x, [1, 0], like=matmul.node)
-        matmul.node.replace_input_with(operand, x)
+        q, scale = _parts(pair)
+        with graph.inserting_before(reader):
+            if reader is matmul.node:
+                x = emit(graph, DEQUANTIZE, q, scale, operand.meta["val"].dtype, like=reader, only_in_backward=True)
+                if transposed:
+                    x = emit(graph, aten.permute.default, x, [1, 0], like=reader)
+                reader.replace_input_with(operand, x)
+            else:
+                reader.args = q, emit(graph, aten.mul.Tensor, token_scale, scale, like=reader)
         read_before.setdefault(pair, []).append(operand)
         result.rewrites += 1
         result.notes[matmul.node.name] = "reads the int8 activation"
@@ -72,6 +84,16 @@ def save_int8_activations(graph: fx.Graph) -> PassResult:
             for node in (pair, *_parts(pair)):
                 node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
     return result
+
+
+def _reader(matmul: facts.Matmul) -> fx.Node | None:
+    """What reads the activation of a ``grad_weight`` in 16 bit: the matmul, or what quantises for it by block."""
+    if matmul.role is not Role.GRAD_WEIGHT:
+        return None
+    if matmul.number_format is None:
+        return matmul.node
+    (pair, *_) = matmul.rhs.all_input_nodes
+    return pair if pair.target == QUANTIZE_BLOCKWISE_TRANSPOSE else None
 
 
 def _parts(pair: fx.Node) -> list[fx.Node]:
