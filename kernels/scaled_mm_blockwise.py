@@ -75,10 +75,9 @@ def scaled_mm_blockwise_triton(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """`scaled_mm_blockwise` by a Triton kernel: what the op does on CUDA."""
-    operands = a_q_MK, b_q_NK, scale_BN
-    launch = PLANS.find(operands, out_dtype)
+    launch = PLANS.find((a_q_MK, b_q_NK, scale_BN), out_dtype)
     if launch is None:
-        return scaled_mm_blockwise_triton(*[operand.contiguous() for operand in operands], out_dtype)
+        return scaled_mm_blockwise_triton(a_q_MK.contiguous(), b_q_NK.contiguous(), scale_BN.contiguous(), out_dtype)
     out_MN = empty((a_q_MK.shape[0], b_q_NK.shape[0]), out_dtype, a_q_MK.device)
     launch(a_q_MK, b_q_NK, None, scale_BN, None, out_MN)
     return out_MN

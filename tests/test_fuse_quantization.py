@@ -175,6 +175,15 @@ def test_both_gradients_of_swiglu_come_from_one_kernel() -> None:
     assert len(split.programs(1)[0].inputs) == 3
 
 
+def test_gradients_that_only_int8_matmuls_read_are_written_in_int8_alone() -> None:
+    recipe = make_recipe({"recipe": "switchback_full", "include": "*", "skip_slower": False})
+    model, x = Swiglu().bfloat16(), torch.randn(8, 32).bfloat16().requires_grad_()
+    split, fused, plain = both(model, lambda call: call(x).float().square().mean(), recipe)
+    assert_equal_but_for_order(fused, plain)
+    actions = [[output.action.value for output in program.outputs] for program in split.programs(1)]
+    assert actions.count(["quantize", "quantize"]) == 1
+
+
 class Residual(nn.Module):
     """Pre-norm blocks: what comes in is read again behind the matmuls."""
 

@@ -109,6 +109,22 @@ LLM_INT8 = (
 return %11, %30, %29, %19"""
 )
 
+# The int8 gradient that grad_input reads; its tokens' scales go into the activation. Of 8 tokens 8 more are zeros.
+SWITCHBACK_FULL = (
+    SWITCHBACK.partition("%18:")[0]
+    + """\
+%18: i8[64, 16] = swcompile.transpose(%14)
+%19: (i8[32, 16], f32[1, 32]) = swcompile.quantize_blockwise_transpose(%2, %15)
+%20: i8[32, 16] = getitem(%19, 0)
+%21: f32[1, 32] = getitem(%19, 1)
+%22: f32[64, 32] = swcompile.scaled_mm_blockwise(%18, %20, %21, f32)
+%23: f32[32, 64] = aten.permute(%22, [1, 0])
+%24: f32[1, 64] = aten.sum.dim_IntList(%3, [0], True)
+%25: f32[64] = aten.view(%24, [64])
+%26: f32[64, 32] = aten.permute(%23, [1, 0])
+return %11, %26, %25, %17"""
+)
+
 
 class Model(nn.Module):
     """A function of an input and named parameters."""
@@ -137,7 +153,13 @@ def count(graph: fx.Graph, target: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "after"), [("switchback", SWITCHBACK), ("switchback_q", SWITCHBACK_Q), ("llm_int8", LLM_INT8)]
+    ("recipe", "after"),
+    [
+        ("switchback", SWITCHBACK),
+        ("switchback_q", SWITCHBACK_Q),
+        ("switchback_full", SWITCHBACK_FULL),
+        ("llm_int8", LLM_INT8),
+    ],
 )
 def test_one_layer_before_and_after(recipe: str, after: str) -> None:
     torch.manual_seed(0)
@@ -148,9 +170,10 @@ def test_one_layer_before_and_after(recipe: str, after: str) -> None:
     decisions = joint.run_passes(joint_passes(make_recipe(ALL | {"recipe": recipe})))
     assert format_graph(joint.graph) == INPUTS + after
 
-    int8 = f"int8, scales by row x {'tensor' if recipe == 'switchback' else 'row'}"
+    int8 = f"int8, scales by row x {'tensor' if recipe in ('switchback', 'switchback_full') else 'row'}"
+    of_weight = {"llm_int8": int8, "switchback_full": "int8, scales by token x block"}
     plain = f"recipe {recipe} leaves grad_weight (sums over {TOKENS} tokens)"
-    assert [d.reason for d in decisions] == [int8, int8, int8 if recipe == "llm_int8" else plain]
+    assert [d.reason for d in decisions] == [int8, int8, of_weight.get(recipe, plain)]
     assert [d.shape for d in decisions] == [(TOKENS, OUT, IN), (TOKENS, IN, OUT), (OUT, IN, TOKENS)]
 
     # The same integers, and float32 scales in another order of operations.
@@ -160,7 +183,7 @@ def test_one_layer_before_and_after(recipe: str, after: str) -> None:
     for a, e in zip((actual, gradients["weight"], gradients["bias"]), (out, *expected), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
     assert not torch.equal(actual, exact)
-    assert torch.equal(gradients["weight"], exact_gradients["weight"]) == (recipe != "llm_int8")
+    assert torch.equal(gradients["weight"], exact_gradients["weight"]) == (recipe not in of_weight)
 
 
 X = (TOKENS, IN)

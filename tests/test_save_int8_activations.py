@@ -15,6 +15,7 @@ import swcompile
 from swcompile import Decision, Role, Scaling, format_graph, joint_passes, make_recipe
 from swcompile.joint import JointPass, parameter_names, trace_joint
 from swcompile.kernels.dequantize import DEQUANTIZE
+from swcompile.kernels.quantize_blockwise import QUANTIZE_BLOCKWISE_TRANSPOSE
 
 TOKENS, IN, OUT = 8, 32, 64
 ALL: dict[str, Any] = {"recipe": "switchback_m", "include": ["*"], "skip_slower": False}
@@ -120,7 +121,38 @@ def test_a_gradient_that_is_in_int8_already_is_no_concern() -> None:
     assert notes(decisions) == {"weight": ""} and all(d.rewritten for d in decisions)
 
 
-def saved(model: nn.Module, x: torch.Tensor, recipe: str) -> list[torch.Tensor]:
+FULL = dataclasses.replace(make_recipe(ALL | {"recipe": "switchback_full"}), save_int8_activations=True)
+"""All three matmuls in int8, and the activations that are kept."""
+
+
+def test_an_int8_gradient_of_the_weight_is_quantised_from_the_int8_activation() -> None:
+    torch.manual_seed(0)
+    tokens = 2100  # in three blocks
+    model, x, tangent = nn.Linear(IN, OUT, bias=False), torch.randn(tokens, IN), torch.randn(tokens, OUT)
+    joint = swcompile.capture(model, x)
+    decisions = joint.run_passes(joint_passes(FULL))
+    assert notes(decisions) == {"weight": "reads the int8 activation"} and all(d.rewritten for d in decisions)
+    (pair,) = joint.graph.find_nodes(op="call_function", target=QUANTIZE_BLOCKWISE_TRANSPOSE)
+    assert [source.meta["val"].dtype for source in pair.all_input_nodes] == [torch.int8, torch.float32]
+    _, gradients = joint(tangent)
+    rounded = oracle.fake_quantize(x, Scaling.VECTOR)
+    expected = oracle.gemm(tangent.T, rounded.T, FULL.grad_weight)
+    torch.testing.assert_close(gradients["weight"].double(), expected, rtol=1e-4, atol=1e-2)  # of up to 170
+    from_float = oracle.gemm(tangent.T, x.T, FULL.grad_weight)
+    assert (gradients["weight"] - expected).norm() < 0.1 * (from_float - expected).norm()
+
+
+def test_several_int8_gradients_read_one_int8_activation() -> None:
+    model, x = Projections(), torch.randn(NUM_TOKENS, WIDTH, requires_grad=True)
+    joint = swcompile.capture(model, x)
+    decisions = joint.run_passes(joint_passes(FULL))
+    assert set(notes(decisions).values()) == {"reads the int8 activation"}
+    pairs = joint.graph.find_nodes(op="call_function", target=QUANTIZE_BLOCKWISE_TRANSPOSE)
+    # q, k and v have one gradient and one activation, which are quantised once.
+    assert len(pairs) == 2 and len({pair.args[0] for pair in pairs}) == 2
+
+
+def saved(model: nn.Module, x: torch.Tensor, recipe: Any) -> list[torch.Tensor]:
     """What the forward keeps for the backward, of a model partitioned as Inductor does."""
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -145,13 +177,13 @@ WIDTH, NUM_TOKENS = 64, 40
 WEIGHT_SCALE = "torch.float32", (1, 1)
 
 
-@pytest.mark.parametrize("recipe", swcompile.RECIPES)
-def test_the_forward_keeps_activations_in_int8_and_weights_never(recipe: str) -> None:
+@pytest.mark.parametrize("recipe", [*swcompile.RECIPES, FULL], ids=lambda recipe: getattr(recipe, "name", recipe) + "+int8" * (recipe is FULL))
+def test_the_forward_keeps_activations_in_int8_and_weights_never(recipe: Any) -> None:
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))).bfloat16()
     kept = saved(model, torch.randn(NUM_TOKENS, WIDTH, dtype=torch.bfloat16), recipe)
     kinds = sorted((str(t.dtype), tuple(t.shape)) for t in kept)
     num_scales = 0 if recipe in ("switchback_q", "llm_int8") else 2  # of weights with one scale that the backward reads
-    if recipe == "switchback_m":
+    if recipe in ("switchback_m", FULL):
         scales = [WEIGHT_SCALE] * num_scales + [("torch.float32", (NUM_TOKENS, 1))] * 3
         assert kinds == scales + [("torch.int8", (NUM_TOKENS, WIDTH))] * 3
         assert num_bytes(kept) == 3 * NUM_TOKENS * (WIDTH + 4) + 4 * num_scales

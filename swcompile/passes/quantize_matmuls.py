@@ -238,6 +238,7 @@ class _Rewriter:
                 a_q, a_scale = self._quantize(operands[0], scalings[0], node, transposed=False)
                 b_q, b_scale = self._quantize(operands[1], scalings[1], node, transposed=True)
                 out = emit(self.graph, SCALED_MM, a_q, b_q, a_scale, b_scale, bias, dtype, like=node)
+            out.meta["rewritten_from"] = node.name
             if swap:
                 out = self._untranspose(out, matmul)
             elif value.dim() == 3:

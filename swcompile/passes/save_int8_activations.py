@@ -55,17 +55,21 @@ def save_int8_activations(graph: fx.Graph) -> PassResult:
         reader = _reader(matmul)
         if reader is None:
             continue
+        decided = matmul.node.meta.get("rewritten_from", matmul.node.name)
         operand = matmul.lhs if matmul.weight_on_left else matmul.rhs
         if reader is not matmul.node:
             operand, token_scale = reader.all_input_nodes
+            if operand.meta["val"].dtype == torch.int8:  # for another matmul of the same two
+                result.notes[decided] = "reads the int8 activation"
+                continue
         if operand.meta["val"].dim() == 3:
-            result.notes[matmul.node.name] = "a batch of products reads its activation as it is"
+            result.notes[decided] = "a batch of products reads its activation as it is"
             continue
         pair, transposed = quantized.get(memory_of(operand)), False
         if pair is None and reader is matmul.node:
             pair, transposed = quantized.get(memory_of(operand, transposed=True)), True
         if pair is None:
-            result.notes[matmul.node.name] = "its activation is not in int8"
+            result.notes[decided] = "its activation is not in int8"
             continue
         q, scale = _parts(pair)
         with graph.inserting_before(reader):
@@ -78,7 +82,7 @@ def save_int8_activations(graph: fx.Graph) -> PassResult:
                 reader.args = q, emit(graph, aten.mul.Tensor, token_scale, scale, like=reader)
         read_before.setdefault(pair, []).append(operand)
         result.rewrites += 1
-        result.notes[matmul.node.name] = "reads the int8 activation"
+        result.notes[decided] = "reads the int8 activation"
     for pair, operands in read_before.items():
         if any(_is_read_in(backward, operand) for operand in operands):
             for node in (pair, *_parts(pair)):
