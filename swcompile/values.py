@@ -1,7 +1,7 @@
 """Facts about single values of a graph: what they are views or casts of, and which parameters they come from."""
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,6 +56,13 @@ QUANTIZERS = {
 """Ops that give their first argument in int8, and one that moves what they gave."""
 
 
+def viewed(node: fx.Node, views: Collection[Any] = ALIASES) -> fx.Node:
+    """What a node is a view of, through these ops."""
+    while node.op == "call_function" and node.target in views:
+        (node, *_) = node.all_input_nodes
+    return node
+
+
 def derivation(node: fx.Node) -> Iterator[fx.Node]:
     """The node, then what it is a view, cast or quantised form of, and so on to the first node that is none."""
     yield node
@@ -99,8 +106,7 @@ def unrounded(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
 
 def source_of(node: fx.Node) -> Any:
     """A key that is equal for two nodes if both view the same memory, or equal casts of the same elements."""
-    while node.op == "call_function" and node.target in ALIASES:
-        (node, *_) = node.all_input_nodes
+    node = viewed(node)
     if node.target not in CASTS:
         return node
     (source, *_) = node.all_input_nodes

@@ -13,8 +13,8 @@ from swcompile.kernels.row_program import Action, Output, Ref, RowProgram, Shape
 from swcompile.kernels.row_program_triton import MAX_COLUMNS, compile_in_background
 from swcompile.pipeline import PassResult, emit
 from swcompile.row_regions import MAX_OUTPUTS, Region, absorb_neighbours, grow_region, merged, roots_nearby
-from swcompile.row_steps import Frame, ProgramWriter, sources
-from swcompile.values import ALIASES, CASTS, RESHAPES
+from swcompile.row_steps import Frame, ProgramWriter
+from swcompile.values import ALIASES, CASTS, RESHAPES, viewed
 
 aten = torch.ops.aten
 
@@ -86,7 +86,7 @@ def _replace(graph: fx.Graph, region: Region, order: dict[fx.Node, float]) -> bo
             continue
         alike = stored.setdefault(ref, [])
         # Of equal values that are not views of one another each has memory of its own, which somebody may write to.
-        if not alike or _viewed(alike[0]) is _viewed(member):
+        if not alike or viewed(alike[0], ALIASES | RESHAPES) is viewed(member, ALIASES | RESHAPES):
             alike.append(member)
     symbols = _symbols(graph)
     num_stored = MAX_OUTPUTS - len(quantized) - len(summed)
@@ -148,13 +148,6 @@ def _is_stored(member: fx.Node, region: Region, shape: Shape) -> bool:
         return False
     widest = max(node.meta["val"].dtype.itemsize for node in region.matrices)
     return value.dtype.itemsize <= widest or any(not region.frame.computes(reader) for reader in readers)
-
-
-def _viewed(node: fx.Node) -> fx.Node:
-    """What a node is a view of."""
-    while node.target in ALIASES | RESHAPES:
-        (node,) = sources(node)
-    return node
 
 
 def _emit(

@@ -8,7 +8,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from swcompile.kernels.materialize import MATERIALIZE
 from swcompile.pipeline import PassResult, emit
-from swcompile.values import ALIASES, CASTS, RESHAPES
+from swcompile.values import ALIASES, CASTS, RESHAPES, viewed
 
 aten = torch.ops.aten
 _SINES = {aten.sin.default, aten.cos.default}
@@ -68,7 +68,7 @@ def _tables(graph: fx.Graph) -> Iterator[fx.Node]:
         sources = [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), torch.Tensor)]
         spread = [source for source in sources if source in alone and _is_much_larger(node, source)]
         for source in spread:
-            yield _viewed(source)
+            yield viewed(source, _VIEWS)
         known = all(source in alone or statically_known_true(source.meta["val"].numel() == 1) for source in sources)
         if node.target in _SINES or (known and not spread and not alone.isdisjoint(sources)):
             alone.add(node)
@@ -87,9 +87,3 @@ def _is_much_larger(node: fx.Node, source: fx.Node) -> bool:
     except ZeroDivisionError:  # no position at all
         return False
     return statically_known_true(ratio >= _MUCH_LARGER)
-
-
-def _viewed(node: fx.Node) -> fx.Node:
-    while node.target in _VIEWS:
-        (node, *_) = node.all_input_nodes
-    return node

@@ -11,7 +11,7 @@ from swcompile.kernels.quantize_columnwise import QUANTIZE_COLUMNWISE_TRANSPOSE
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
 from swcompile.pipeline import PassResult, emit
 from swcompile.recipe import Role
-from swcompile.values import ALIASES, memory_of
+from swcompile.values import ALIASES, memory_of, viewed
 
 aten = torch.ops.aten
 
@@ -108,9 +108,7 @@ def _parts(pair: fx.Node) -> list[fx.Node]:
 
 def _is_read_in(backward: set[fx.Node], value: fx.Node) -> bool:
     """Whether anything in the backward reads the memory of a value."""
-    while value.op == "call_function" and value.target in ALIASES:
-        (value, *_) = value.all_input_nodes
-    pending = [value]
+    pending = [viewed(value)]
     while pending:
         for user in pending.pop().users:
             if user in backward:
