@@ -29,10 +29,8 @@ INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def check_quantizer_input(op: str, x: torch.Tensor, *, takes_int8: bool = False) -> None:
     """Raise `ValueError` unless `x` is a matrix of a dtype that the quantisers take. Looks at no size."""
     if x.dtype not in INPUT_DTYPES and not (takes_int8 and x.dtype == torch.int8):
-        raise ValueError(
-            f"{op}: x is {x.dtype}, but must be bfloat16, float16{', float32 or int8' if takes_int8 else ' or float32'}; cast it "
-            "first (float64 would lose bits silently)"
-        )
+        wanted = "bfloat16, float16, float32 or int8" if takes_int8 else "bfloat16, float16 or float32"
+        raise ValueError(f"{op}: x is {x.dtype}, but must be {wanted}; cast it first (float64 would lose bits silently)")
     if x.dim() != 2:
         raise ValueError(f"{op}: x has {x.dim()} dimensions, but must have 2; flatten the leading ones first")
 

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""int8 quantisation with a transpose and a scale for each column and block of rows, of rows that are scaled before.
+"""int8 quantisation with a transpose and a scale for each column and block of rows, of rows times a factor each.
 
 Shapes: N rows, which a grad_weight matmul sums over (tokens), in B blocks of `BLOCK_ROWS`; K columns; P is N rounded up
 to a multiple of 16.
@@ -35,8 +35,8 @@ def quantize_blockwise_transpose(x_NK: torch.Tensor, factor_N1: torch.Tensor) ->
 
     ``x[n, k] * factor[n] ~= x_q[k, n] * scale[n // 1024, k]``: the activation in an 8-bit grad_weight, which sums over
     tokens. The factors are the scales of the other operand, the gradient by rows, which cannot be taken out of a sum over
-    rows. An element errs by at most half a step, absmax / 254: what counts most in a column's sums keeps most bits, and a
-    token that is much larger than the others takes bits from those of its block alone. x is read once.
+    rows. An element errs by at most half a step, absmax / 254, so a token whose product is much larger than those of others
+    takes bits from these, in its block alone. x is read once.
 
     Args:
         x_NK: [N, K] bfloat16, float16, float32 or, of what is in int8 already, int8; any strides.
@@ -44,7 +44,8 @@ def quantize_blockwise_transpose(x_NK: torch.Tensor, factor_N1: torch.Tensor) ->
 
     Returns:
         x_q [K, P] int8, contiguous, with zeros from N to P, as tensor cores want multiples of 16; and scale
-        [B, K] float32. A column of a block with a NaN or Inf gets scale NaN.
+        [B, K] float32. A column of a block with a NaN or Inf gets scale NaN, and a factor that is none
+        gives it to all columns.
 
     Raises:
         ValueError: x is of another dtype, or not a matrix; a factor for each row is not what the factors are.

@@ -66,7 +66,8 @@ class DeviceRates:
     quantize: float
     """Rate of a large `quantize_rowwise`, bytes read and written a second."""
     quantize_columns: float
-    """Rate of a large `quantize_columnwise_transpose`, or the blockwise one, bytes a second, as its work counts them."""
+    """Rate of a large `quantize_columnwise_transpose`, or the blockwise one, bytes a second, as its work counts them; a
+    `transpose` is predicted by it, too, and is somewhat faster."""
     kernel: float
     """Seconds that a kernel takes on the device, besides what it reads, writes and computes."""
     matmul_call: float
@@ -88,6 +89,8 @@ class Candidate(NamedTuple):
     """How many passes the quantised weight serves; each bears its share."""
     scale_sharers: int = 1
     """How many candidates read the weight by the one scale that is found for all of them; each bears its share."""
+    transpose_sharers: int = 1
+    """How many candidates read the transpose of the same int8 gradient; each bears its share."""
 
 
 class Prediction(NamedTuple):
@@ -154,7 +157,7 @@ some of them, and is counted as well."""
 
 
 def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
-    matmul, gemm, sharers, is_fused, weight_passes, scale_sharers = candidate
+    matmul, gemm, sharers, is_fused, weight_passes, scale_sharers, transpose_sharers = candidate
     value = matmul.node.meta["val"]
     original, launch = _original(matmul, rates)
     rates = rates or device_rates(value.device, value.dtype, gemm.is_by_block)
@@ -173,9 +176,10 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     if gemm.is_by_block:  # of an activation that takes over the scales of a gradient's tokens, and this one's transpose
         quantize_other = quantize_rowwise_work(k, other_rows, itemsize).bytes / rates.quantize
         written = k * (other_rows + 4)
-        weight_bytes = quantize_blockwise_transpose_work(k, weight_rows, itemsize).bytes + transpose_work(k, other_rows).bytes
+        weight_bytes = quantize_blockwise_transpose_work(k, weight_rows, itemsize).bytes
+        weight_bytes += transpose_work(k, other_rows).bytes / transpose_sharers
         quantize_weight = weight_bytes / rates.quantize_columns
-        weight_kernels = 2.0
+        weight_kernels += 1 / transpose_sharers
     elif matmul.role is Role.GRAD_WEIGHT:
         activation_kernels = weight_kernels = 2.0  # one sets zeros
         work_other, work_weight = (

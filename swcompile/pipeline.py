@@ -17,6 +17,7 @@ from torch import fx, nn
 
 import swcompile.kernels.library
 from swcompile import graph as facts
+from swcompile.kernels.quantize_blockwise import QUANTIZE_BLOCKWISE_TRANSPOSE
 from swcompile.kernels.transpose import TRANSPOSE
 from swcompile.report import Decision
 
@@ -72,7 +73,7 @@ def verify(new: Iterable[fx.Node]) -> None:
     """Check the nodes that a pass made.
 
     Each has ``meta["val"]``, equal to what its op gives for its arguments' values, and a quantised value reaches
-    only ops that also take its own scale, or a transpose.
+    only ops that also take its own scale, or leave it to the other operand.
     """
     for node in new:
         if node.op != "call_function":
@@ -85,9 +86,22 @@ def verify(new: Iterable[fx.Node]) -> None:
         if "quantized_with" in node.meta:
             scale = node.meta["quantized_with"]
             for user in node.users:
-                if user.target == TRANSPOSE:  # in a sum over tokens, whose scales the other operand takes over
-                    continue
-                assert scale in user.all_input_nodes, f"{user.format_node()} reads {node} without its scale {scale}"
+                assert _takes(user, scale), f"{user.format_node()} reads {node} without its scale {scale}"
+
+
+def _takes(user: fx.Node, scale: fx.Node) -> bool:
+    """Whether what reads a quantised value takes its scale, too.
+
+    A sum over tokens cannot: what is transposed for it leaves its scales to the other operand, which is multiplied by them
+    before it is quantised (`SCALED_MM_BLOCKWISE`).
+    """
+    if user.target == TRANSPOSE:
+        factors = [matmul.args[1].args[0].args[1] for matmul in user.users]  # type: ignore[union-attr]
+    else:
+        factors = user.args[1:2] if user.target == QUANTIZE_BLOCKWISE_TRANSPOSE else []  # type: ignore[assignment]
+    return scale in user.all_input_nodes or (
+        bool(factors) and all(scale is factor or scale in factor.all_input_nodes for factor in factors)  # type: ignore[union-attr]
+    )
 
 
 def fake_result(target: Any, args: Any, kwargs: Any) -> Any:

@@ -55,12 +55,12 @@ class GemmFormat:
     def __post_init__(self) -> None:
         for field in ("weight", "other"):
             _check(f"GemmFormat: {field}", getattr(self, field), Scaling, "one of Scaling.VECTOR, TENSOR, BLOCK and TOKEN")
-        if self.is_by_block != (self.weight is Scaling.BLOCK) or self.weight is Scaling.TOKEN:
+        if self.is_by_block != (self.weight is Scaling.BLOCK) or self.weight is Scaling.TOKEN or self.other is Scaling.BLOCK:
             raise ValueError(
                 f"GemmFormat: weight is {self.weight} and other {self.other}, but the scales of tokens and of blocks of them go "
                 "together: give weight=Scaling.BLOCK and other=Scaling.TOKEN"
             )
-        if self.other in (Scaling.TENSOR, Scaling.BLOCK):
+        if self.other is Scaling.TENSOR:
             raise ValueError(
                 f"GemmFormat: other is {self.other}, but must be Scaling.VECTOR, as scaled_mm takes a scale for each "
                 "row of an activation or gradient; give the weight one scale with weight=Scaling.TENSOR"
@@ -85,7 +85,7 @@ class Recipe:
     grad_weight: GemmFormat | None = None
     """Format of ``grad.T @ x``; None leaves it, which is SwitchBack's point: it sums over all tokens."""
     save_int8_activations: bool = False
-    """Keep the int8 activation from forward to backward; ``grad_weight`` reads it dequantised."""
+    """Keep the int8 activation from forward to backward; ``grad_weight`` reads it dequantised, or quantises from it."""
     include: tuple[str, ...] | None = None
     """Globs on parameter names. None means every linear layer but the last before the model's output, which the
     paper leaves in 16 bit; a pattern that matches the last one asks for it."""
@@ -179,11 +179,11 @@ def llm_int8() -> Recipe:
 
 
 def switchback_full() -> Recipe:
-    """SwitchBack with the weight's gradient in int8, too, with a scale for each channel and block of 1024 tokens.
+    """SwitchBack with the weight's gradient in int8, too.
 
     The paper keeps this matmul in 16 bit, as int8 with a scale a tensor can lose most of a gradient. Here the gradient
     of the output is the one that ``grad_input`` reads, in int8 with a scale a token, and the activation takes these scales over
-    and gets one for each channel and block of tokens. So it loses 2 to 3 % of a layer's, and 22 % where one scale a tensor
+    and gets one for each channel and block of 1024 tokens. So it loses 2 to 3 % of a layer's, and 22 % where one scale a tensor
     loses 65 %, over up to 2,176 tokens (`benchmarks/grad_weight_error.py`).
     """
     grad_weight = GemmFormat(weight=Scaling.BLOCK, other=Scaling.TOKEN)

@@ -26,7 +26,7 @@ def gemm(a: torch.Tensor, b: torch.Tensor, gemm_format: GemmFormat | None) -> to
         return a.double() @ b.double().T
     if gemm_format.is_by_block:
         # Rounded with a scale a token; these scales then decide how b is rounded, and change its product by rounding alone.
-        sizes = a.float().abs().amax(0, keepdim=True) / torch.tensor(127.0)
+        sizes = a.float().abs().amax(0, keepdim=True).clamp(min=1e-30) / torch.tensor(127.0)
         codes = fake_quantize(a.T, Scaling.VECTOR).T / sizes.double()
         return codes @ fake_quantize_by_block(b.float() * sizes).T
     return fake_quantize(a, gemm_format.other) @ fake_quantize(b, gemm_format.weight).T

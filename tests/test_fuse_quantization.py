@@ -1,5 +1,6 @@
 """fuse_quantization: the graphs that it makes, what it leaves alone, and that the numbers stay what they were."""
 
+import dataclasses
 import operator
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,7 @@ import swcompile
 from swcompile import format_graph, make_recipe, row_regions, run_passes
 from swcompile.joint import JointPass, parameter_names
 from swcompile.kernels.map_rows import MAP_ROWS
+from swcompile.kernels.quantize_blockwise import QUANTIZE_BLOCKWISE_TRANSPOSE
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
 from swcompile.kernels.row_program import Action, RowProgram, Shape, parse
 from swcompile.passes import joint_passes
@@ -182,6 +184,34 @@ def test_gradients_that_only_int8_matmuls_read_are_written_in_int8_alone() -> No
     assert_equal_but_for_order(fused, plain)
     actions = [[output.action.value for output in program.outputs] for program in split.programs(1)]
     assert actions.count(["quantize", "quantize"]) == 1
+
+
+class Scores(nn.Module):
+    """An activation that the backward reads for another reason, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = gelu(self.up(x))
+        return self.down(h) * h.square().mean()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_int8_activations_that_the_backward_makes_again(checkpointed: bool) -> None:
+    recipe = make_recipe({"recipe": "switchback_full", "include": "*", "skip_slower": False})
+    recipe = dataclasses.replace(recipe, save_int8_activations=True)
+    model, x = Scores().bfloat16(), torch.randn(8, 32).bfloat16().requires_grad_()
+
+    def loss(call: Callable[..., torch.Tensor]) -> torch.Tensor:
+        out = checkpoint(call, x, use_reentrant=False) if checkpointed else call(x)
+        return out.float().square().mean()
+
+    split, fused, plain = both(model, loss, recipe)
+    assert_equal_but_for_order(fused, plain)
+    blocks = split.graphs[1].find_nodes(op="call_function", target=QUANTIZE_BLOCKWISE_TRANSPOSE)
+    assert {block.args[0].meta["val"].dtype for block in blocks} == {torch.int8} and len(blocks) == 2
 
 
 class Residual(nn.Module):

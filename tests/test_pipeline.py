@@ -24,8 +24,9 @@ from swcompile import Decision, Role, format_graph, joint_passes, make_recipe, p
 from swcompile.graph import name_parameters
 from swcompile.joint import JointPass
 from swcompile.kernels import library
+from swcompile.kernels.quantize_blockwise import QUANTIZE_BLOCKWISE_TRANSPOSE
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
-from swcompile.pipeline import PassResult, emit
+from swcompile.pipeline import PassResult, emit, verify
 
 aten = torch.ops.aten
 ALL: dict[str, Any] = {"include": ["*"], "skip_slower": False}
@@ -361,3 +362,15 @@ def test_passes_on_an_exported_joint_graph_that_names_its_parameters_itself() ->
     expected = model[2](oracle.linear(x, model[0].weight, model[0].bias).tanh())
     check(lambda x: compiled(*model.parameters(), x), expected, x)
     assert not torch.allclose(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_scales_of_tokens_must_be_those_of_the_gradient() -> None:
+    joint = swcompile.capture(nn.Linear(16, 32), torch.randn(8, 16))
+    joint.run_passes(joint_passes(make_recipe({"recipe": "switchback_full", "include": "*", "skip_slower": False})))
+    verify(joint.graph.nodes)
+    (block,) = joint.graph.find_nodes(op="call_function", target=QUANTIZE_BLOCKWISE_TRANSPOSE)
+    of_activation, _ = joint.graph.find_nodes(op="call_function", target=QUANTIZE_ROWWISE)
+    (scale,) = (item for item in of_activation.users if item.args[1] == 1)
+    block.args = block.args[0], scale
+    with pytest.raises(AssertionError, match="transpose.* reads getitem.* without its scale"):
+        verify(joint.graph.nodes)

@@ -18,7 +18,7 @@ from swcompile.kernels.quantize_columnwise import quantize_columnwise_transpose_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernel runs in Triton's interpreter on the latter
 IMPLEMENTATIONS = [quantize_blockwise_transpose_reference, quantize_blockwise_transpose_triton]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int8]
 
 
 def assert_same_bits(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
@@ -31,6 +31,8 @@ def assert_same_bits(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Ten
 def uneven(num_rows: int, num_columns: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Columns of many magnitudes."""
     torch.manual_seed(0)
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, (num_rows, num_columns), dtype=dtype, device=DEVICE)
     return (torch.randn(num_rows, num_columns) * torch.rand(num_columns).mul(20).sub(10).exp2()).to(DEVICE, dtype)
 
 
@@ -87,7 +89,7 @@ def test_transposed_stores_many_times(dtype):
         num_rows, num_columns = (int(size) for size in torch.randint(1, 700, (2,)))
         if run % 2:
             num_rows, num_columns = num_rows * 32, num_columns * 16
-        operands = torch.randn(num_rows, num_columns, device="cuda").to(dtype), factors(num_rows)
+        operands = uneven(num_rows, num_columns, dtype), factors(num_rows)
         result = launch_config(CANDIDATES[run % len(CANDIDATES)], *operands)
         assert_same_bits(result, quantize_blockwise_transpose_reference(*operands))
 

@@ -19,6 +19,7 @@ import swcompile
 from swcompile import Decision, Role, Scaling, format_graph, joint_passes, make_recipe
 from swcompile.cost import Prediction
 from swcompile.kernels.int8 import padded
+from swcompile.kernels.quantize_blockwise import QUANTIZE_BLOCKWISE_TRANSPOSE
 from swcompile.kernels.quantize_columnwise import QUANTIZE_COLUMNWISE_TRANSPOSE
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
 from swcompile.kernels.quantize_tensorwise import (
@@ -27,6 +28,7 @@ from swcompile.kernels.quantize_tensorwise import (
     QUANTIZE_TENSORWISE_TRANSPOSE,
 )
 from swcompile.kernels.scaled_mm import MAX_K, SCALED_MM
+from swcompile.kernels.transpose import TRANSPOSE
 
 ALL: dict[str, Any] = {"include": ["*"], "skip_slower": False}
 TOKENS, IN, OUT = 8, 32, 64
@@ -311,6 +313,29 @@ def test_costs_are_shared_with_what_is_rewritten_too() -> None:
     result = swcompile.quantize_matmuls(graph, recipe=make_recipe({"include": "*"}), predict=predict)
     assert asked == [[(Role.OUTPUT, 2), (Role.GRAD_INPUT, 2)], [(Role.GRAD_INPUT, 1)]]
     assert result.rewrites == 0 and [d.speedup for d in result.decisions] == [1.02, 0.98, None]
+
+
+@pytest.mark.parametrize("spelling", ["[out, in]", "[in, out]"])
+def test_what_a_gradient_of_the_weight_in_int8_shares(spelling: str) -> None:
+    """Two layers with one gradient of their outputs, which a pointwise op computes; each is quantised and turned once."""
+    shape = (OUT, IN) if spelling == "[out, in]" else (IN, OUT)
+
+    def call(m: Any, x: torch.Tensor) -> torch.Tensor:
+        weights = (m.a, m.b) if spelling == "[out, in]" else (m.a.T, m.b.T)
+        return (nn.functional.linear(x, weights[0]) + nn.functional.linear(x.tanh(), weights[1])).relu()
+
+    seen: dict[Role, set[tuple[int, int, bool]]] = {}
+
+    def predict(candidates: Sequence[Any], others: Sequence[Any]) -> list[Prediction]:
+        for c in candidates:
+            seen.setdefault(c.matmul.role, set()).add((c.sharers, c.transpose_sharers, c.is_fused))
+        return [Prediction(2.0)] * len(candidates)
+
+    joint = swcompile.capture(Model(call, a=torch.randn(shape), b=torch.randn(shape)), x_of())
+    recipe = make_recipe({"recipe": "switchback_full", "include": "*", "fuse": True})
+    assert swcompile.quantize_matmuls(joint.graph, recipe=recipe, predict=predict).rewrites == 6
+    assert seen[Role.GRAD_WEIGHT] == {(4, 2, True)} and seen[Role.GRAD_INPUT] == {(4, 1, True)}
+    assert count(joint.graph, TRANSPOSE) == 1 and count(joint.graph, QUANTIZE_BLOCKWISE_TRANSPOSE) == 2
 
 
 def test_one_activation_is_quantised_once_and_each_weight_twice() -> None:

@@ -62,7 +62,7 @@ def quantize_matmuls(
 
     A weight is quantised from the parameter itself, without the cast that autocast puts between (a cast that says
     something about the values, to integers or 8 bit, stays); a tensor that several matmuls read is quantised once,
-    also where autocast casts it for each. Weights are quantised again in the backward, so that no int8 copy lives
+    also where autocast casts it for each (but once for each gradient whose scales it takes over). Weights are quantised again in the backward, so that no int8 copy lives
     from forward to backward; where they have one scale, by the forward's, so that they are read once::
 
         %12: i8[32, 64] = swcompile.quantize_by_scale(%0, %w_scale, True)
@@ -115,6 +115,7 @@ def _candidates(matmuls: Sequence[Matmul], recipe: Recipe) -> list[Candidate]:
     sharing = Counter(_activation_key(matmul, recipe) for matmul in matmuls)
     readers = Counter(_weight_key(matmul) for matmul in matmuls)
     scale_readers = Counter(_weight_key(matmul)[0] for matmul in matmuls if _keeps_scale(matmul, recipe))
+    by_token = Counter(values.source_of(_activation(matmul)) for matmul in matmuls if matmul.role is Role.GRAD_WEIGHT)
     candidates = []
     for matmul in matmuls:
         gemm = recipe.format_of(matmul.role)
@@ -125,7 +126,10 @@ def _candidates(matmuls: Sequence[Matmul], recipe: Recipe) -> list[Candidate]:
         scale_sharers = scale_readers[_weight_key(matmul)[0]] if _keeps_scale(matmul, recipe) else 1
         fuses = _activation(matmul).meta["val"].device.type in fused_devices(recipe)
         is_fused = fuses and _will_be_fused(matmul, gemm)
-        candidates.append(Candidate(matmul, gemm, sharers, is_fused, weight_passes, scale_sharers))
+        transpose_sharers = by_token[values.source_of(_activation(matmul))] if gemm.is_by_block else 1
+        candidates.append(
+            Candidate(matmul, gemm, sharers, is_fused, weight_passes, scale_sharers, transpose_sharers)
+        )
     return candidates
 
 
@@ -141,7 +145,7 @@ def _activation_key(matmul: Matmul, recipe: Recipe) -> tuple[object, ...]:
 
 
 def _activation(matmul: Matmul) -> fx.Node:
-    """The operand that is not the weight; in ``grad_weight`` the gradient, transposed."""
+    """The operand that is not the weight; in ``grad_weight`` the gradient."""
     return matmul.rhs if matmul.weight_on_left else matmul.lhs
 
 
@@ -177,7 +181,8 @@ def _will_be_fused(matmul: Matmul, gemm: GemmFormat) -> bool:
     activation = _activation(matmul)
     if matmul.role is Role.GRAD_WEIGHT and not gemm.is_by_block:
         return False
-    features = facts.sizes(activation)[-2 if matmul.role is Role.GRAD_WEIGHT else -1]
+    is_transposed = (matmul.role is Role.GRAD_WEIGHT) != matmul.weight_on_left
+    features = facts.sizes(activation)[-2 if is_transposed else -1]
     *_, origin = values.derivation(activation)
     frame = Frame.of(origin)
     return frame is not None and frame.num_columns == features and frame.computes(origin)

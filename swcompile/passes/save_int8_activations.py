@@ -91,7 +91,7 @@ def save_int8_activations(graph: fx.Graph) -> PassResult:
 
 
 def _reader(matmul: facts.Matmul) -> fx.Node | None:
-    """What reads the activation of a ``grad_weight`` in 16 bit: the matmul, or what quantises for it by block."""
+    """What reads a ``grad_weight``'s activation before it is in int8: the matmul itself, or what quantises by block for it."""
     if matmul.role is not Role.GRAD_WEIGHT:
         return None
     if matmul.number_format is None:
