@@ -83,7 +83,9 @@ def capture_forward(
     free = {"tensors": tuple({dim: Dim.AUTO for dim in range(tensor.ndim)} for tensor in tensors)} if dynamic else None
     calls = _ModuleCalls()
     function = _OnTensors(model, leaves, spec)
-    with calls.recorded(model), torch.enable_grad(), _without_fast_path():
+    # A result with free sizes is never kept in the cache of fake results, but worked out for it: half of the time.
+    caching = torch._dynamo.config.patch(fake_tensor_cache_enabled=not dynamic)
+    with calls.recorded(model), torch.enable_grad(), _without_fast_path(), caching:
         try:
             exported = torch.export.export(function, tuple(tensors), dynamic_shapes=free, strict=False)
         except Exception as error:
