@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing as mp
 import triton.language as tl
 from torch._dynamo import guards
-from torch._inductor import config
+from torch._inductor import config, cpp_builder
 from triton.runtime import interpreter
 
 multiprocessing.set_forkserver_preload(["tests.preloaded"])  # is found where pytest runs in the repository's root
@@ -70,13 +70,24 @@ def compile_quickly() -> None:
     """Leave out what takes time in compiling, and changes no result.
 
     Inductor takes the CPU for one without vectors, of which it would try each kind: it writes such code, and the compiler
-    reads it, in three quarters of the time.
+    reads it, in three quarters of the time. What it writes is compiled once and runs a few times: it is not optimised.
     Dynamo does not time its guards, for its log, with the CPU's caches flushed: 20 to 40 ms a graph. Triton's interpreter puts
     its own functions in the place of the language's once a launch, and not again for each function that a kernel calls.
     """
     config.cpp.vec_isa_ok = False
+    cpp_builder._get_optimization_cflags = _unoptimized(cpp_builder._get_optimization_cflags)
     guards.profile_guard_manager = lambda *arguments: 0.0
     interpreter._patch_lang = _patch_once(interpreter._patch_lang)
+
+
+def _unoptimized(cflags: Callable[..., tuple[list[str], list[str]]]) -> Callable[..., tuple[list[str], list[str]]]:
+    """`cpp_builder._get_optimization_cflags` with -O0 for -O3."""
+
+    def unoptimized(*arguments: Any, **options: Any) -> tuple[list[str], list[str]]:
+        found, of_linker = cflags(*arguments, **options)
+        return ["O0" if flag == "O3" else flag for flag in found], of_linker
+
+    return unoptimized
 
 
 def _patch_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
