@@ -66,8 +66,9 @@ class DeviceRates:
     quantize: float
     """Rate of a large `quantize_rowwise`, bytes read and written a second."""
     quantize_columns: float
-    """Rate of a large `quantize_columnwise_transpose`, or the blockwise one, bytes a second, as its work counts them; a
-    `transpose` is predicted by it, too, and is somewhat faster."""
+    """Rate of a large `quantize_columnwise_transpose`, or the blockwise one, bytes a second, as its work counts them."""
+    transpose: float
+    """Rate of a large int8 `transpose`, bytes read and written a second; 0 where scales are not by block, which needs none."""
     kernel: float
     """Seconds that a kernel takes on the device, besides what it reads, writes and computes."""
     matmul_call: float
@@ -91,6 +92,8 @@ class Candidate(NamedTuple):
     """How many candidates read the weight by the one scale that is found for all of them; each bears its share."""
     transpose_sharers: int = 1
     """How many candidates read the transpose of the same int8 gradient; each bears its share."""
+    spares_gradient: bool = False
+    """Nobody reads the gradient but candidates, so that the kernel that computes and quantises it writes only int8."""
 
 
 class Prediction(NamedTuple):
@@ -157,7 +160,7 @@ some of them, and is counted as well."""
 
 
 def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
-    matmul, gemm, sharers, is_fused, weight_passes, scale_sharers, transpose_sharers = candidate
+    matmul, gemm, sharers, is_fused, weight_passes, scale_sharers, transpose_sharers, spares_gradient = candidate
     value = matmul.node.meta["val"]
     original, launch = _original(matmul, rates)
     rates = rates or device_rates(value.device, value.dtype, gemm.is_by_block)
@@ -176,9 +179,11 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     if gemm.is_by_block:  # of an activation that takes over the scales of a gradient's tokens, and this one's transpose
         quantize_other = quantize_rowwise_work(k, other_rows, itemsize).bytes / rates.quantize
         written = k * (other_rows + 4)
-        weight_bytes = quantize_blockwise_transpose_work(k, weight_rows, itemsize).bytes
-        weight_bytes += transpose_work(k, other_rows).bytes / transpose_sharers
-        quantize_weight = weight_bytes / rates.quantize_columns
+        quantize_weight = quantize_blockwise_transpose_work(k, weight_rows, itemsize).bytes / rates.quantize_columns
+        of_gradient = transpose_work(k, other_rows).bytes / rates.transpose
+        if spares_gradient:
+            of_gradient -= itemsize * k * other_rows / rates.quantize
+        quantize_weight += of_gradient / transpose_sharers
         weight_kernels += 1 / transpose_sharers
     elif matmul.role is Role.GRAD_WEIGHT:
         activation_kernels = weight_kernels = 2.0  # one sets zeros
@@ -327,8 +332,9 @@ def _measure_current(device: torch.device, dtype: torch.dtype, by_block: bool) -
         ones = torch.ones(rows, 1, device=device)
         others: list[Callable[[], Any]]
         if by_block:  # sums over the rows, as a weight's gradient does; as many operations
-            operands, scales = [_rounded(x).t().contiguous()] * 2, torch.ones(num_blocks(rows), size, device=device)
-            others = [lambda: TRANSPOSE(_rounded(x))]
+            rounded, scales = _rounded(x), torch.ones(num_blocks(rows), size, device=device)
+            operands = [rounded.t().contiguous()] * 2
+            others = [lambda: TRANSPOSE(rounded)]
         else:
             operands = [_rounded(x), _rounded(weight)]
             others = [lambda: QUANTIZE_TENSORWISE(weight), lambda: QUANTIZE_BY_SCALE(weight, ones[:1], True)]
@@ -359,6 +365,7 @@ def _measure_current(device: torch.device, dtype: torch.dtype, by_block: bool) -
             quantized_output=quantized_output,
             quantize=quantize,
             quantize_columns=columns_work(rows, size, dtype.itemsize).bytes / seconds(quantize_columns),
+            transpose=transpose_work(rows, size).bytes / seconds(others[0]) if by_block else 0.0,
             kernel=kernel,
             matmul_call=_host_seconds(lambda: small @ small_weight) if on_gpu else 0.0,
             quantize_call=_host_seconds(lambda: QUANTIZE_ROWWISE(small)) if on_gpu else 0.0,

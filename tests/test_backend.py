@@ -306,8 +306,8 @@ def test_seven_batch_sizes_compile_at_most_twice(
 ) -> None:
     if skip_slower:  # decides in favour of int8 here, whatever this machine is
         rates = cost.DeviceRates(
-            matmul=1e9, output=0.0, quantized_matmul=1e12, quantized_output=0.0, quantize=1e12, quantize_columns=1e12, kernel=1e-9,
-            matmul_call=0.0, quantize_call=0.0,
+            matmul=1e9, output=0.0, quantized_matmul=1e12, quantized_output=0.0, quantize=1e12, quantize_columns=1e12, transpose=0.0,
+            kernel=1e-9, matmul_call=0.0, quantize_call=0.0,
         )  # fmt: skip
         monkeypatch.setattr(cost, "device_rates", lambda *of: rates)
     model, _ = make()

@@ -24,7 +24,7 @@ from swcompile.kernels import measurements
 
 CPU = torch.device("cpu")
 RATES = DeviceRates(
-    matmul=1e12, output=0.0, quantized_matmul=2e12, quantized_output=0.0, quantize=1e12, quantize_columns=5e11, kernel=1e-6,
+    matmul=1e12, output=0.0, quantized_matmul=2e12, quantized_output=0.0, quantize=1e12, quantize_columns=5e11, transpose=8e11, kernel=1e-6,
     matmul_call=1e-6, quantize_call=2e-6,
 )  # fmt: skip
 
@@ -277,14 +277,20 @@ def test_a_sum_over_tokens_has_its_own_rates(monkeypatch: pytest.MonkeyPatch) ->
     seconds = 2 * 1024 * 512 * 256 / RATES.matmul + RATES.kernel
     twice_read = (1024 * (256 + 512) * (2 * 4 + 1) + 4 * (256 + 512)) / RATES.quantize_columns + 4 * RATES.kernel
     # The activation times the scales of tokens, once read; int8 of the gradient, which grad_input reads as well, turned.
-    once_read = (1024 * (256 * (4 + 1) + 512 * 2 + 4) + 4 * 256) / RATES.quantize_columns + 2 * RATES.kernel
-    once_read += ((1024 * (512 * (4 + 1) + 4)) / RATES.quantize + RATES.kernel) / 2
+    turned = (1024 * (256 * (4 + 1) + 4) + 4 * 256) / RATES.quantize_columns + 1024 * 512 * 2 / RATES.transpose + 2 * RATES.kernel
+    once_read = turned + ((1024 * (512 * (4 + 1) + 4)) / RATES.quantize + RATES.kernel) / 2
     for recipe, rate, quantize in (("switchback_full", 1.5e12, once_read), ("llm_int8", RATES.quantized_matmul, twice_read)):
         (decision,) = (
             d for d in swcompile.explain(layer, x, include="*", recipe=recipe).decisions if d.role is Role.GRAD_WEIGHT
         )
         expected = seconds / (2 * 1024 * 512 * 256 / rate + RATES.kernel + quantize)
         assert decision.speedup == pytest.approx(expected, rel=1e-6)
+    # What computes the gradient writes int8 for grad_input as well, and no float32 for anybody.
+    written = 1024 * (512 + 4) / RATES.quantize / 2 - 1024 * 512 * 4 / RATES.quantize
+    report = swcompile.explain(nn.Sequential(layer, nn.GELU()), x, include="*", recipe="switchback_full", fuse=True)
+    (decision,) = (d for d in report.decisions if d.role is Role.GRAD_WEIGHT)
+    expected = seconds / (2 * 1024 * 512 * 256 / 1.5e12 + RATES.kernel + turned + written)
+    assert decision.speedup == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_kernel_that_also_computes_what_it_quantises_takes_the_host_as_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -324,18 +324,24 @@ def test_what_a_gradient_of_the_weight_in_int8_shares(spelling: str) -> None:
         weights = (m.a, m.b) if spelling == "[out, in]" else (m.a.T, m.b.T)
         return (nn.functional.linear(x, weights[0]) + nn.functional.linear(x.tanh(), weights[1])).relu()
 
-    seen: dict[Role, set[tuple[int, int, bool]]] = {}
+    seen: dict[Role, set[tuple[int, int, bool, bool]]] = {}
 
     def predict(candidates: Sequence[Any], others: Sequence[Any]) -> list[Prediction]:
         for c in candidates:
-            seen.setdefault(c.matmul.role, set()).add((c.sharers, c.transpose_sharers, c.is_fused))
+            seen.setdefault(c.matmul.role, set()).add((c.sharers, c.transpose_sharers, c.is_fused, c.spares_gradient))
         return [Prediction(2.0)] * len(candidates)
 
     joint = swcompile.capture(Model(call, a=torch.randn(shape), b=torch.randn(shape)), x_of())
     recipe = make_recipe({"recipe": "switchback_full", "include": "*", "fuse": True})
     assert swcompile.quantize_matmuls(joint.graph, recipe=recipe, predict=predict).rewrites == 6
-    assert seen[Role.GRAD_WEIGHT] == {(4, 2, True)} and seen[Role.GRAD_INPUT] == {(4, 1, True)}
+    assert seen[Role.GRAD_WEIGHT] == {(4, 2, True, True)} and seen[Role.GRAD_INPUT] == {(4, 1, True, False)}
     assert count(joint.graph, TRANSPOSE) == 1 and count(joint.graph, QUANTIZE_BLOCKWISE_TRANSPOSE) == 2
+
+    seen.clear()  # a gradient that is multiplied by something, too
+    model = Model(lambda m, x: (nn.functional.linear(x, m.a) + m.b * x[:, :1]).relu(), a=torch.randn(OUT, IN), b=torch.randn(OUT))
+    joint = swcompile.capture(model, x_of())
+    assert swcompile.quantize_matmuls(joint.graph, recipe=recipe, predict=predict).rewrites == 3
+    assert seen[Role.GRAD_WEIGHT] == {(2, 1, True, False)}
 
 
 def test_one_activation_is_quantised_once_and_each_weight_twice() -> None:

@@ -127,8 +127,9 @@ def _candidates(matmuls: Sequence[Matmul], recipe: Recipe) -> list[Candidate]:
         fuses = _activation(matmul).meta["val"].device.type in fused_devices(recipe)
         is_fused = fuses and _will_be_fused(matmul, gemm)
         transpose_sharers = by_token[values.source_of(_activation(matmul))] if gemm.is_by_block else 1
+        spares_gradient = gemm.is_by_block and is_fused and _reads_alone(matmul, matmuls)
         candidates.append(
-            Candidate(matmul, gemm, sharers, is_fused, weight_passes, scale_sharers, transpose_sharers)
+            Candidate(matmul, gemm, sharers, is_fused, weight_passes, scale_sharers, transpose_sharers, spares_gradient)
         )
     return candidates
 
@@ -186,6 +187,19 @@ def _will_be_fused(matmul: Matmul, gemm: GemmFormat) -> bool:
     *_, origin = values.derivation(activation)
     frame = Frame.of(origin)
     return frame is not None and frame.num_columns == features and frame.computes(origin)
+
+
+def _reads_alone(matmul: Matmul, others: Sequence[Matmul]) -> bool:
+    """Whether all that reads the activation (or gradient) are these matmuls, and sums that its kernel computes with it."""
+    readers = {other.node for other in others}
+    *_, origin = values.derivation(_activation(matmul))
+    forms = [origin]
+    for form in forms:
+        moved = [user for user in form.users if user.target in values.VIEWS | values.CASTS]
+        if any(user not in readers and user.target != aten.sum.dim_IntList for user in form.users if user not in moved):
+            return False
+        forms += moved
+    return True
 
 
 class _Sum(NamedTuple):
