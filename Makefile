@@ -10,13 +10,17 @@ RUN := .venv/bin/python
 INSTALL := $(RUN) -m pip install -q --no-compile
 ready := .venv/ready
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint unit bench docs clean
 .DEFAULT_GOAL := test
 
 demo: $(ready)
 	$(RUN) examples/train_clip.py
 
-test: lint
+# Both at once: mypy keeps one core busy for half a minute, as pytest does while it starts.
+test: $(ready)
+	@$(MAKE) --no-print-directory -j 2 lint unit
+
+unit: $(ready)
 	$(RUN) -m pytest -q -n 2 --dist worksteal
 
 lint: $(ready)

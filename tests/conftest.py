@@ -27,7 +27,19 @@ compile_quickly()
 logging.getLogger("torch.__trace").propagate = True
 
 
+LONGEST = (
+    "test_prepare_distributed.py",
+    "test_train_clip.py",
+    "test_compiles_for_gpus",
+    "test_snippets_run",
+    "test_the_guide_is_what",
+    "test_compile_for_hopper",
+)
+"""They come first, so that none keeps one worker busy when the other has nothing left to do."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -38,11 +38,14 @@ def build(dtype: torch.dtype) -> nn.Module:
 
 @cache
 def _prepared(dtype: torch.dtype) -> nn.Module:
-    """Prepared: a block that gets hooks, and one whose forward is replaced by its graph."""
+    """Prepared: a block that gets hooks, and one whose forward is replaced by its graph, in another dtype by another graph."""
+    if dtype == torch.float64:
+        model = copy.deepcopy(_prepared(torch.float32)).double()
+        model(torch.randn(2, LENGTH, WIDTH, dtype=dtype))  # is captured once, not in every copy
+        return model
     torch.manual_seed(0)
-    model = nn.Sequential(Written(), Block()).eval().to(dtype)  # no dropout
-    x = torch.randn(2, LENGTH, WIDTH, dtype=dtype)
-    return swcompile.prepare(model, x, layer_scale={"init": 0.1}, qk_layernorm=True)
+    model = nn.Sequential(Written(), Block()).eval()  # no dropout
+    return swcompile.prepare(model, torch.randn(2, LENGTH, WIDTH), layer_scale={"init": 0.1}, qk_layernorm=True)
 
 
 def train(rank: int, world: int, wrap: str, is_compiled: bool) -> dict[str, torch.Tensor]:
