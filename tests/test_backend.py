@@ -11,9 +11,10 @@ from typing import Any
 import model_zoo
 import pytest
 import torch
-from processes import run_program
+from processes import run_program, share_headers
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
@@ -119,7 +120,9 @@ print((out - model(x)).norm().item() / model(x).norm().item())
 
 def test_report_and_log(caplog: pytest.LogCaptureFixture) -> None:
     model, x = make(num_blocks=2)
+    usual = cache_dir()
     with caplog.at_level(logging.INFO, "swcompile"), fresh_cache():
+        share_headers(usual, cache_dir())
         run(torch.compile(model, backend="switchback", options=EVERY), model, x)
         torch._dynamo.reset()
         run(torch.compile(model, backend="switchback", options=EVERY), model, x)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import run_program
+from processes import run_program, share_headers
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 import swcompile
 
@@ -69,6 +70,7 @@ def run(
     cache: Path, options: dict[str, Any], path: Path | None = None, program: str = PROGRAM
 ) -> dict[str, Any]:
     """Compile and train a step in a process of its own."""
+    share_headers(cache_dir(), str(cache))
     arguments = json.dumps({"skip_slower": False} | options)
     printed = run_program(program, arguments, folder=cache.parent, path=path, TORCHINDUCTOR_CACHE_DIR=str(cache))
     return json.loads(printed.splitlines()[-1])
