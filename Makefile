@@ -5,9 +5,11 @@
 PYTHON ?= python3
 CPU_TORCH ?= torch==2.13.0
 GPU_TORCH ?= torch>=2.11,<2.14
+# What torch brings only where there is a GPU: as large as torch, and they need nothing of each other.
+TRITON := triton>=3.6
 RUN := .venv/bin/python
 # Python compiles modules when they are imported: few of those that pip would compile first, for a minute.
-INSTALL := $(RUN) -m pip install -q --no-compile
+INSTALL := PYTHONWARNINGS=ignore $(RUN) -m pip install -q --no-compile
 ready := .venv/ready
 
 .PHONY: demo test lint unit bench docs clean
@@ -37,8 +39,9 @@ bench: $(ready)
 docs: $(ready)
 	$(RUN) docs/make_docs.py
 
+# The pip of Python 3.11 takes twice as long as today's.
 $(ready): pyproject.toml
-	$(PYTHON) -m venv --clear .venv
+	$(PYTHON) -m venv --clear --upgrade-deps .venv >/dev/null
 	@if $(PYTHON) -c "import torch" 2>/dev/null; then \
 	  echo "using the torch of $(PYTHON)"; \
 	  $(PYTHON) -c "import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))" \
@@ -46,7 +49,7 @@ $(ready): pyproject.toml
 	elif command -v nvidia-smi >/dev/null; then \
 	  $(INSTALL) "$(GPU_TORCH)"; \
 	else \
-	  $(INSTALL) "$(CPU_TORCH)"; \
+	  $(INSTALL) "$(TRITON)" & $(INSTALL) "$(CPU_TORCH)" && wait $$!; \
 	fi
 	$(INSTALL) -e '.[dev]'
 	@touch $@

@@ -249,8 +249,8 @@ def trace_joint(
     inputs: Sequence[Any],
     hook: Callable[[fx.Graph], None],
     options: Mapping[str, Any] | None = None,
-) -> Any:
-    """Take a Dynamo graph through AOTAutograd as Inductor does, with `hook` on the joint graph, and compile nothing.
+) -> Callable[..., Any]:
+    """Take a Dynamo graph through AOTAutograd as Inductor does, with `hook` on the joint graph, and no further.
 
     Args:
         gm: the graph.
@@ -259,12 +259,26 @@ def trace_joint(
         options: of Inductor. Only the one that the cost rule reads is applied.
 
     Returns:
-        A callable that runs the graphs node by node, gradients included.
+        A callable that runs the graph, gradients included.
     """
     patches: dict[str, Any] = {key: value for key, value in (options or {}).items() if key == "triton.cudagraphs"}
-    patches["joint_custom_pre_pass"] = hook
+    # The graphs of control flow inside are joint graphs of their own, and come first.
+    is_one = not any(isinstance(part, fx.GraphModule) for part in gm.modules() if part is not gm)
+
+    def hook_and_stop(graph: fx.Graph) -> None:
+        hook(graph)
+        raise _Seen
+
+    patches["joint_custom_pre_pass"] = hook_and_stop if is_one else hook
     with functorch_config.patch(enable_autograd_cache=False):  # else a warm cache would skip the hook
-        return compile_fx(gm, inputs, inner_compile=_run_node_by_node, config_patches=patches)
+        try:
+            return compile_fx(gm, inputs, inner_compile=_run_node_by_node, config_patches=patches)
+        except _Seen:
+            return gm.forward
+
+
+class _Seen(BaseException):
+    """The only joint graph has been seen: what Inductor would do with it, to partition it first, is nobody's wish."""
 
 
 def _run_node_by_node(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:

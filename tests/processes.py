@@ -14,6 +14,7 @@ import torch
 import torch.multiprocessing as mp
 import triton.language as tl
 from torch._dynamo import guards, symbolic_convert
+from torch._functorch._aot_autograd import graph_compile
 from torch._inductor import config, cpp_builder
 from triton.runtime import interpreter
 
@@ -80,14 +81,18 @@ def compile_quickly() -> None:
 
     Inductor takes the CPU for one without vectors, of which it would try each kind: it writes such code, and the compiler
     reads it, in three quarters of the time. What it writes is compiled once and runs a few times: it is not optimised.
-    Dynamo does not, for its log, time its guards with the CPU's caches flushed, 20 to 40 ms a graph, nor read every file that it
-    comes through for the names of functions, a tenth of a second a file. Triton's interpreter puts
-    its own functions in the place of the language's once a launch, and not again for each function that a kernel calls.
+    For logs that nobody reads, Dynamo does not time its guards with the CPU's caches flushed, 20 to 40 ms a graph, nor read every
+    file that it comes through for the names of functions, a tenth of a second a file; graphs are not printed, and their nodes
+    get no stack traces. Triton's interpreter puts its own functions in the place of the language's once a launch, and not again
+    for each function that a kernel calls.
     """
     config.cpp.vec_isa_ok = False
     cpp_builder._get_optimization_cflags = _unoptimized(cpp_builder._get_optimization_cflags)
     guards.profile_guard_manager = lambda *arguments: 0.0
     symbolic_convert.get_funcname = lambda filename, lineno: None
+    torch.fx.config.do_not_emit_stack_traces = True
+    graph_compile._log_joint_graph = lambda *arguments: None
+    graph_compile._log_fw_bw_graphs = lambda *arguments: (None, None)
     interpreter._patch_lang = _patch_once(interpreter._patch_lang)
 
 

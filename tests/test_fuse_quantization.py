@@ -10,17 +10,15 @@ import model_zoo
 import pytest
 import torch
 from model_zoo import CASES, Case
+from partition import run_partitioned
 from torch import fx, nn
-from torch._functorch import config as functorch_config
-from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import custom_graph_pass
-from torch._inductor.compile_fx import compile_fx
 from torch.nn.functional import gelu, silu
 from torch.utils.checkpoint import checkpoint
 
 import swcompile
 from swcompile import format_graph, make_recipe, row_regions, run_passes
-from swcompile.joint import JointPass, parameter_names
+from swcompile.joint import copy_graph
 from swcompile.kernels.map_rows import MAP_ROWS
 from swcompile.kernels.quantize_blockwise import QUANTIZE_BLOCKWISE_TRANSPOSE
 from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
@@ -33,23 +31,25 @@ RECIPE = make_recipe({"include": "*", "skip_slower": False})
 
 
 class Split:
-    """Takes a model through the passes and the partitioner, and runs forward and backward node by node."""
+    """Takes a model through the passes and the partitioner, and runs forward and backward node by node.
+
+    They run with what is fused as long as `fuse` is set, and without once it is not.
+    """
 
     def __init__(self, *, fuse: bool, recipe: swcompile.Recipe = RECIPE):
         self.fuse, self.recipe = fuse, recipe
         self.graphs: list[fx.Graph] = []
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        def run(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Any:
-            if self.fuse:
-                run_passes(gm.graph, [partial(fuse_quantization, devices=("cpu",))])
-                gm.recompile()
-            self.graphs.append(gm.graph)
-            return make_boxed_func(gm.forward)
+        return run_partitioned(gm, inputs, joint_passes(self.recipe), self._part)
 
-        hook = JointPass(joint_passes(self.recipe), names=parameter_names(gm, inputs))
-        with functorch_config.patch(enable_autograd_cache=False):
-            return compile_fx(gm, inputs, inner_compile=run, config_patches={"joint_custom_pre_pass": hook})
+    def _part(self, part: fx.GraphModule) -> Callable[..., Any]:
+        fused = fx.GraphModule(part, copy_graph(part.graph))
+        if self.fuse:
+            run_passes(fused.graph, [partial(fuse_quantization, devices=("cpu",))])
+            fused.recompile()
+        self.graphs.append(fused.graph)
+        return lambda *args: (fused if self.fuse else part)(*args)
 
     def programs(self, graph: int) -> list[RowProgram]:
         """The programs of one of the graphs."""
@@ -73,13 +73,12 @@ def both(
     model: nn.Module, loss: Callable[..., torch.Tensor], recipe: swcompile.Recipe = RECIPE
 ) -> tuple[Split, list[torch.Tensor], list[torch.Tensor]]:
     """(what fusing made, gradients with it, gradients without)."""
-    results = []
-    for fuse in (True, False):
-        torch._dynamo.reset()
-        split = Split(fuse=fuse, recipe=recipe)
-        compiled = torch.compile(model, backend=split, fullgraph=True)
-        results.append((split, gradients(compiled, loss, list(model.parameters()))))
-    (split, fused), (_, plain) = results
+    torch._dynamo.reset()
+    split = Split(fuse=True, recipe=recipe)
+    compiled = torch.compile(model, backend=split, fullgraph=True)
+    fused = gradients(compiled, loss, list(model.parameters()))
+    split.fuse = False
+    plain = gradients(compiled, loss, list(model.parameters()))
     return split, fused, plain
 
 
@@ -315,12 +314,12 @@ def test_any_number_of_tokens() -> None:
     model = Residual().bfloat16()
     torch._dynamo.reset()
     split = Split(fuse=True)
-    compiled = [torch.compile(model, backend=backend, dynamic=True) for backend in (split, Split(fuse=False))]
+    compiled = torch.compile(model, backend=split, dynamic=True)
     for batch, tokens in ((2, 8), (3, 5), (4, 12)):
         x = torch.randn(batch, tokens, 32).bfloat16()
-        results = [
-            gradients(call, lambda c, x=x: c(x).float().square().mean(), list(model.parameters())) for call in compiled
-        ]
+        results = []
+        for split.fuse in (True, False):
+            results.append(gradients(compiled, lambda c, x=x: c(x).float().square().mean(), list(model.parameters())))
         assert_equal_but_for_order(*results)
     assert [num_fused(split, graph) for graph in (0, 1)] == [2, 2] and len(split.graphs) == 2
 

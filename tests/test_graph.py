@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from partition import run_partitioned
 from torch import fx, nn
 from torch._functorch._aot_autograd import descriptors
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,7 +15,6 @@ from torch.nn.functional import cross_entropy, gelu, layer_norm, linear
 import swcompile
 from swcompile import Role, joint_passes, make_recipe, values
 from swcompile import graph as facts
-from swcompile.joint import JointPass, parameter_names, trace_joint
 
 TOKENS, WIDTH = 8, 32
 OUTPUT, GRAD_INPUT, GRAD_WEIGHT, OTHER = Role.OUTPUT, Role.GRAD_INPUT, Role.GRAD_WEIGHT, Role.OTHER
@@ -368,8 +368,7 @@ def guards(model: nn.Module, x: torch.Tensor, recipe: str | None) -> list[str]:
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
         (env,) = {value.node.shape_env for value in inputs if isinstance(value, torch.SymInt)}
         options = {"recipe": recipe, "include": "*", "skip_slower": False}
-        passes = joint_passes(make_recipe(options)) if recipe else []
-        trace_joint(gm, inputs, JointPass(passes, names=parameter_names(gm, inputs)))
+        run_partitioned(gm, inputs, joint_passes(make_recipe(options)) if recipe else [])
         found.extend(str(guard.expr) for guard in env.guards)
         return gm.forward
 

@@ -151,9 +151,8 @@ def both(name: str, **options: Any) -> dict[str, Any]:
 def test_sites_and_that_eager_and_compiled_agree(name: str) -> None:
     model, inputs = make(name)
     _, _, num_branches, num_attentions = MODELS[name]
-    model.eval()
-    before, names = run(model, inputs()), list(model.state_dict())
-    prepare(model, inputs(), **both(name, init=0.5))
+    before, names = in_both_modes(model, inputs()), list(model.state_dict())
+    prepare(model.eval(), inputs(), **both(name, init=0.5))
 
     report = swcompile.prepared(model)
     assert report.num_rewritten(Stabilizer.LAYER_SCALE) == len(report_of(report, Stabilizer.LAYER_SCALE)) == num_branches
@@ -176,11 +175,16 @@ def test_sites_and_that_eager_and_compiled_agree(name: str) -> None:
                 assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
         model.zero_grad()
 
-    model.eval()
-    assert not torch.equal(run(model, inputs())[0], before[0])
+    assert not torch.equal(in_both_modes(model, inputs())[0], before[0])
+    unchanged = copy.deepcopy(model)
+    for module in unchanged.modules():
+        if isinstance(module, LayerScale):
+            nn.init.ones_(module.gamma)
+    leave_out_norms(unchanged)
+    assert_same(in_both_modes(unchanged, inputs()), before)
     old = swcompile.strip(model)
     assert list(old.state_dict()) == names and not any(m._forward_hooks or "forward" in m.__dict__ for m in old.modules())
-    assert_same(run(old, inputs()), before)
+    assert_same(in_both_modes(old, inputs()), before)
 
 
 def report_of(report: swcompile.Report, kind: Stabilizer) -> list[swcompile.Decision]:
@@ -198,15 +202,24 @@ def test_sizes_that_change_from_call_to_call(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gamma_one_and_an_identity_for_a_norm_change_no_bit(name: str) -> None:
+    """Of a model that was prepared in training; `test_sites_and_that_eager_and_compiled_agree` prepares it in evaluation."""
     model, inputs = make(name)
-    for training in (False, True):
-        before = run(model.train(training), inputs())
-        prepare(model, inputs(), **both(name, init=1.0))
-        for path, module in list(model.named_modules()):
-            if isinstance(module, QKNorm):
-                model.set_submodule(path, nn.Identity())
-        assert_same(run(model, inputs()), before)
-        swcompile.strip(model)
+    before = in_both_modes(model, inputs())
+    prepare(model.train(), inputs(), **both(name, init=1.0))
+    leave_out_norms(model)
+    assert_same(in_both_modes(model, inputs()), before)
+
+
+def in_both_modes(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
+    """The outputs in evaluation and in training."""
+    return [*run(model.eval(), inputs), *run(model.train(), inputs)]
+
+
+def leave_out_norms(model: nn.Module) -> None:
+    """An identity in the place of each norm of queries and keys."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, QKNorm):
+            model.set_submodule(path, nn.Identity())
 
 
 @pytest.mark.parametrize("name", ["vit", "llama", "gpt2", "pre-norm encoder layer", "gpt_neox", "einsum"])

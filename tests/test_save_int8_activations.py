@@ -8,12 +8,12 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from partition import run_partitioned
 from torch import fx, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 import swcompile
 from swcompile import Decision, Role, Scaling, format_graph, joint_passes, make_recipe
-from swcompile.joint import JointPass, parameter_names, trace_joint
 from swcompile.kernels.dequantize import DEQUANTIZE
 from swcompile.kernels.quantize_blockwise import QUANTIZE_BLOCKWISE_TRANSPOSE
 
@@ -156,8 +156,7 @@ def saved(model: nn.Module, x: torch.Tensor, recipe: Any) -> list[torch.Tensor]:
     """What the forward keeps for the backward, of a model partitioned as Inductor does."""
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        passes = joint_passes(make_recipe(ALL | {"recipe": recipe}))
-        return trace_joint(gm, inputs, JointPass(passes, names=parameter_names(gm, inputs)))
+        return run_partitioned(gm, inputs, joint_passes(make_recipe(ALL | {"recipe": recipe})))
 
     kept: list[torch.Tensor] = []
     torch._dynamo.reset()
