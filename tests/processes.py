@@ -80,13 +80,15 @@ def compile_quickly() -> None:
     """Leave out what takes time in compiling, and changes no result.
 
     Inductor takes the CPU for one without vectors, of which it would try each kind: it writes such code, and the compiler
-    reads it, in three quarters of the time. What it writes is compiled once and runs a few times: it is not optimised.
+    reads it, in three quarters of the time. What it writes is compiled once and runs a few times: it is not optimised. It calls
+    nothing of PyTorch's libraries, of which the linker would read all symbols.
     For logs that nobody reads, Dynamo does not time its guards with the CPU's caches flushed, 20 to 40 ms a graph, nor read every
     file that it comes through for the names of functions, a tenth of a second a file; graphs are not printed, and their nodes
     get no stack traces. Triton's interpreter puts its own functions in the place of the language's once a launch, and not again
     for each function that a kernel calls.
     """
     config.cpp.vec_isa_ok = False
+    config.aot_inductor.link_libtorch = False
     cpp_builder._get_optimization_cflags = _unoptimized(cpp_builder._get_optimization_cflags)
     guards.profile_guard_manager = lambda *arguments: 0.0
     symbolic_convert.get_funcname = lambda filename, lineno: None
