@@ -30,7 +30,7 @@ def explain(
 ) -> Report:
     """What ``torch.compile(model, backend="switchback", options=options)`` would rewrite, and why not the rest.
 
-    Runs the forward once, node by node, and leaves parameters, buffers, gradients and random state as they were.
+    Runs the forward once, uncompiled, and leaves parameters, buffers, gradients and random state as they were.
 
     Args:
         model: the model, or a function that calls one.

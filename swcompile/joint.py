@@ -249,7 +249,7 @@ def trace_joint(
     inputs: Sequence[Any],
     hook: Callable[[fx.Graph], None],
     options: Mapping[str, Any] | None = None,
-) -> Callable[..., Any]:
+) -> Any:
     """Take a Dynamo graph through AOTAutograd as Inductor does, with `hook` on the joint graph, and no further.
 
     Args:

@@ -41,6 +41,28 @@ def test_strict_patterns_are_matched_against_the_module_whose_method_is_compiled
         torch.compile(model.encode_image, backend="switchback", options=wrong)(x)
 
 
+class Choosing(nn.Module):
+    """A layer on each side of a choice, whose branches are graphs of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.before(x)
+        return self.after(torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_graph_around_a_choice_is_seen(grad: bool) -> None:
+    model, x = Choosing(), torch.randn(TOKENS, WIDTH)
+    with torch.set_grad_enabled(grad):
+        report = swcompile.explain(model, x, include="*", **EVERY)
+        torch.compile(model, backend="switchback", options={"include": "*", **EVERY})(x)
+    assert report.as_dict() == swcompile.reports()[-1].as_dict()
+    assert report.num_rewritten(Role.OUTPUT) == 2 and report.num_rewritten(Role.GRAD_INPUT) == grad
+
+
 BODY = nn.Linear(WIDTH, WIDTH)
 
 

@@ -12,8 +12,9 @@ import model_zoo
 import pytest
 import torch
 import torch.distributed as dist
+from partition import run_partitioned
 from processes import leave, run_in_processes
-from test_backend import EVERY, WIDTH, Block, Model
+from test_backend import EVERY, TOKENS, WIDTH, Block, Model
 from test_cost import RATES
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -40,7 +41,7 @@ def make(device: str = "cpu", **options: Any) -> tuple[nn.Module, Callable[..., 
     torch.manual_seed(0)
     model = Model(num_blocks=2).to(device)
     compiled = torch.compile(model, backend="switchback", options=OPTIONS | options)
-    return model, compiled, torch.randn(3, 24, WIDTH, device=device)
+    return model, compiled, torch.randn(3, TOKENS, WIDTH, device=device)
 
 
 def gradients(
@@ -80,9 +81,14 @@ def test_the_same_bits_from_weights_that_are_quantised_once(recipe: str, device:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_real_models(name: str) -> None:
+    """GPT-2's graphs run node by node: compiling C++ takes most of a test's time."""
     torch.manual_seed(0)
-    case = model_zoo.CASES[name](1)
-    compiled = torch.compile(case.model, backend="switchback", options=EVERY | {"micro_batches": 2})
+    case, options = model_zoo.CASES[name](1), EVERY | {"micro_batches": 2}
+    if name == "llama":
+        compiled = torch.compile(case.model, backend="switchback", options=options)
+    else:
+        passes = swcompile.joint_passes(swcompile.make_recipe(options))
+        compiled = torch.compile(case.model, backend=partial(run_partitioned, passes=passes, make_call=call_holding))
     tables = {p for module in case.model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
 
     def accumulated() -> list[torch.Tensor]:
@@ -97,6 +103,12 @@ def test_real_models(name: str) -> None:
         assert_same(accumulated(), expected)
     num_matmuls = 2 * case.num_linears - case.num_without_grad_input
     assert counts.quantized == counts.reused == num_matmuls
+
+
+def call_holding(part: torch.fx.GraphModule) -> Callable[..., Any]:
+    assert swcompile.hold_weights(part.graph).rewrites > 0
+    part.recompile()
+    return part.forward
 
 
 def scale_in_place(model: nn.Module) -> None:
