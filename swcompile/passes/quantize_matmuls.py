@@ -1,7 +1,7 @@
 """Rewrite the matmuls of linear layers to 8 bit."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import getitem
 from typing import Any, NamedTuple
 
@@ -116,6 +116,7 @@ def _candidates(matmuls: Sequence[Matmul], recipe: Recipe) -> list[Candidate]:
     readers = Counter(_weight_key(matmul) for matmul in matmuls)
     scale_readers = Counter(_weight_key(matmul)[0] for matmul in matmuls if _keeps_scale(matmul, recipe))
     by_token = Counter(values.source_of(_activation(matmul)) for matmul in matmuls if matmul.role is Role.GRAD_WEIGHT)
+    nodes = {matmul.node for matmul in matmuls}
     candidates = []
     for matmul in matmuls:
         gemm = recipe.format_of(matmul.role)
@@ -127,7 +128,7 @@ def _candidates(matmuls: Sequence[Matmul], recipe: Recipe) -> list[Candidate]:
         fuses = _activation(matmul).meta["val"].device.type in fused_devices(recipe)
         is_fused = fuses and _will_be_fused(matmul, gemm)
         transpose_sharers = by_token[values.source_of(_activation(matmul))] if gemm.is_by_block else 1
-        spares_gradient = gemm.is_by_block and is_fused and _reads_alone(matmul, matmuls)
+        spares_gradient = gemm.is_by_block and is_fused and _reads_alone(matmul, nodes)
         candidates.append(
             Candidate(matmul, gemm, sharers, is_fused, weight_passes, scale_sharers, transpose_sharers, spares_gradient)
         )
@@ -189,16 +190,16 @@ def _will_be_fused(matmul: Matmul, gemm: GemmFormat) -> bool:
     return frame is not None and frame.num_columns == features and frame.computes(origin)
 
 
-def _reads_alone(matmul: Matmul, others: Sequence[Matmul]) -> bool:
-    """Whether all that reads the activation (or gradient) are these matmuls, and sums that its kernel computes with it."""
-    readers = {other.node for other in others}
+def _reads_alone(matmul: Matmul, readers: Collection[fx.Node]) -> bool:
+    """Whether all that reads the activation (or gradient) are these, and sums that its kernel computes with it."""
     *_, origin = values.derivation(_activation(matmul))
-    forms = [origin]
-    for form in forms:
-        moved = [user for user in form.users if user.target in values.VIEWS | values.CASTS]
-        if any(user not in readers and user.target != aten.sum.dim_IntList for user in form.users if user not in moved):
-            return False
-        forms += moved
+    pending = [origin]
+    while pending:
+        for user in pending.pop().users:
+            if user.target in values.VIEWS | values.CASTS:
+                pending.append(user)
+            elif user not in readers and user.target != aten.sum.dim_IntList:
+                return False
     return True
 
 
