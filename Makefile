@@ -33,6 +33,7 @@ bench: $(ready)
 	$(INSTALL) -e '.[benchmarks]'
 	$(RUN) benchmarks/kernel_speed.py
 	$(RUN) benchmarks/train_step.py --peers
+	$(RUN) benchmarks/compile_time.py
 	$(RUN) benchmarks/layer_speed.py --sweep --plot runs/layer_speed.png
 	$(RUN) benchmarks/optimizer_step.py
 

@@ -4,6 +4,7 @@ A launch costs the host 10 us, and as much again to find out how to launch; in a
 fill the caches, several times that. A small model waits for it. So what was found out is kept for calls that look alike.
 """
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -46,6 +47,25 @@ OLDEST_CAPABILITY = (8, 0)
 """Compute capability from which on Triton's `tl.dot` multiplies int8 on tensor cores."""
 
 
+_preparation = threading.Lock()
+
+
+def prepare_to_compile() -> None:
+    """Have what Triton makes once a process before it compiles: threads that compile at once would each make it."""
+    with _preparation:
+        _prepare_once()
+
+
+@cache
+def _prepare_once() -> None:
+    from torch._inductor.runtime.triton_compat import triton_key  # 2 s to import where Inductor is not
+
+    hashing = threading.Thread(target=triton_key)  # of Triton's own files, while a C compiler makes its driver
+    hashing.start()
+    triton.runtime.driver.active.get_current_target()
+    hashing.join()
+
+
 class DeviceFacts(NamedTuple):
     """What a launch needs to know of a device."""
 
@@ -78,11 +98,16 @@ def device_facts(device: torch.device) -> DeviceFacts:
     )
 
 
+def load(compiled: Any, device: torch.device) -> None:
+    """Load a compiled Triton kernel, which tells its registers, and make what launches it: a C compiler may do that."""
+    with torch.cuda.device(device):
+        compiled._init_handles()
+
+
 def resident_programs(compiled: Any, num_warps: int, device: torch.device) -> int:
     """How many programs of a compiled Triton kernel a CUDA device holds at once, by its registers and shared memory."""
     facts = device_facts(device)
-    with torch.cuda.device(device):
-        compiled._init_handles()  # loads it, and so finds its registers
+    load(compiled, device)
     registers = -(-max(compiled.n_regs, 1) // 8) * 8
     threads = 32 * num_warps
     each = min(65536 // (registers * threads), facts.max_threads // threads)

@@ -8,14 +8,24 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache, partial
-from itertools import product
+from itertools import product, takewhile
 from typing import Any, NamedTuple
 
 import torch
 
-from swcompile.kernels.launch import INTERPRETED, Launcher, device_facts, empty, resident_programs, triton
+from swcompile.kernels.launch import (
+    INTERPRETED,
+    Launcher,
+    device_facts,
+    empty,
+    load,
+    prepare_to_compile,
+    resident_programs,
+    triton,
+)
 from swcompile.kernels.row_program import POINTWISE, Action, RowProgram, Shape, matrix_size
 from swcompile.kernels.row_program_source import source
+from swcompile.kernels.tuning import run_together
 
 MAX_WARPS_PER_ROW = 16
 MAX_ELEMENTS = 64
@@ -112,16 +122,17 @@ def compile_in_background(program: RowProgram, num_rows: int | None, num_columns
         num_columns: K.
         device: a CUDA device.
     """
-    for config in candidates(program, num_columns):
+    for config in _considered(program, num_columns):
         _kernels(program, config, num_columns, device)  # imports a module, which is better not done in a thread
-        if config.max_registers is None:  # `chosen` looks no further
-            break
     triton.runtime.driver.active.get_current_target()  # so is this, when it is done for the first time
     key = program, num_columns, device
 
     def work() -> None:
+        prepare_to_compile()
         config = chosen(program, num_columns, device)
-        _compile(program, config, num_columns, num_rows is None or num_rows % config.rows == 0, device)
+        even_rows = num_rows is None or num_rows % config.rows == 0
+        for compiled in _compile(program, config, num_columns, even_rows, device):
+            load(compiled, device)
 
     if key not in _pending:
         _pending[key] = _compilers.submit(work)
@@ -130,15 +141,25 @@ def compile_in_background(program: RowProgram, num_rows: int | None, num_columns
 @cache
 def chosen(program: RowProgram, num_columns: int, device: torch.device) -> RowConfig:
     """The likeliest candidate for a program, but none whose registers suffice for no more than a part of its values."""
+    considered = _considered(program, num_columns)
+    if len(considered) > 1 and not INTERPRETED:  # one after the other they would take longer than Inductor takes
+        run_together([partial(_compile, program, config, num_columns, True, device) for config in considered], device)
 
     def suffices(config: RowConfig) -> bool:
         if config.max_registers is None or INTERPRETED:
             return True
-        compiled = _compile(program, config, num_columns, True, device)
+        compiled, *_ = _compile(program, config, num_columns, True, device)
         two = 2 * device_facts(device).num_multiprocessors
         return resident_programs(compiled, config.num_warps, device) >= two and compiled.n_spills <= MAX_SPILLS
 
-    return next(config for config in candidates(program, num_columns) if suffices(config))
+    return next(config for config in considered if suffices(config))
+
+
+def _considered(program: RowProgram, num_columns: int) -> list[RowConfig]:
+    """The candidates up to the first whose registers are not limited, which always suffices."""
+    configs = candidates(program, num_columns)
+    limited = list(takewhile(lambda config: config.max_registers is not None, configs))
+    return configs[: len(limited) + 1]
 
 
 def _kernels(program: RowProgram, config: RowConfig, num_columns: int, device: torch.device) -> Any:
@@ -189,13 +210,14 @@ def _resident_programs(
     """How many programs a device holds at once: a program that sums rows loops over them, and its sums are few."""
     if INTERPRETED:
         return device_facts(device).num_multiprocessors
-    return resident_programs(_compile(program, config, num_columns, even_rows, device), config.num_warps, device)
+    compiled, *_ = _compile(program, config, num_columns, even_rows, device)
+    return resident_programs(compiled, config.num_warps, device)
 
 
 def _compile(
     program: RowProgram, config: RowConfig, num_columns: int, even_rows: bool, device: torch.device
-) -> Any:
-    """Compile the kernels of a program for inputs that are aligned, as most are; returns the compiled `row_kernel`."""
+) -> list[Any]:
+    """A program's `row_kernel` and, if it sums rows, `sum_kernel`, compiled for inputs that are aligned, as most are."""
     kernels = _kernels(program, config, num_columns, device)
     pointers: list[Any] = []
     pointers += [value.dtype for value in program.inputs]
@@ -206,10 +228,11 @@ def _compile(
     pointers += [num_columns for value in program.inputs if value.shape is Shape.MATRIX]
     num_rows, overlap = config.rows if even_rows else config.rows + 1, _overlaps(device)
     with torch.cuda.device(device):
-        if program.sums:
-            totals = [output.dtype for output in program.sums]
-            kernels.sum_kernel.warmup(torch.float32, *totals, 16, **_sum_options(num_columns, overlap), grid=(1,))
-        return kernels.row_kernel.warmup(*pointers, num_rows, **_options(config, num_rows, num_columns, overlap), grid=(1,))
+        rows = kernels.row_kernel.warmup(*pointers, num_rows, **_options(config, num_rows, num_columns, overlap), grid=(1,))
+        if not program.sums:
+            return [rows]
+        totals = [output.dtype for output in program.sums]
+        return [rows, kernels.sum_kernel.warmup(torch.float32, *totals, 16, **_sum_options(num_columns, overlap), grid=(1,))]
 
 
 def output_kinds(inputs: Sequence[torch.Tensor], program: RowProgram) -> list[tuple[tuple[int, ...], torch.dtype]]:

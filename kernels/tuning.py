@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from swcompile.kernels.launch import HAS_TRITON, device_facts, is_capturing, triton
+from swcompile.kernels.launch import HAS_TRITON, device_facts, is_capturing, prepare_to_compile, triton
 from swcompile.kernels.measurements import MeasurementFile
 from swcompile.kernels.timing import intervals_ms
 
@@ -66,6 +66,7 @@ def run_together(runs: Sequence[Callable[[], object]], device: torch.device) -> 
 
     Most of a compilation leaves Python's lock to others. What the calls compute is overwritten later.
     """
+    prepare_to_compile()
     stream = torch.cuda.current_stream(device)  # a thread's own, else, where operands may not be there yet
 
     def attempt(run: Callable[[], object]) -> None:

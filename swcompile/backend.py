@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.async_compile import maybe_warm_pool
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -71,6 +72,7 @@ def switchback(
     for device in devices:
         if device.type == "cuda":
             require_supported_gpu(device.index)
+            maybe_warm_pool()  # Inductor's processes that compile, which take seconds to start
     passes = joint_passes(recipe, is_whole=is_whole(gm))
     joint_pass = JointPass(
         passes,

@@ -329,6 +329,7 @@ def _measure_current(device: torch.device, dtype: torch.dtype, by_block: bool) -
     with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng([device] if on_gpu else []), autocast:
         x = torch.randn(rows, size, device=device, dtype=dtype)
         weight = torch.randn(size, size, device=device, dtype=dtype)
+        small, small_weight = x[:16, :16].contiguous(), weight[:16, :16].contiguous()
         ones = torch.ones(rows, 1, device=device)
         others: list[Callable[[], Any]]
         if by_block:  # sums over the rows, as a weight's gradient does; as many operations
@@ -348,9 +349,8 @@ def _measure_current(device: torch.device, dtype: torch.dtype, by_block: bool) -
             return QUANTIZE_BLOCKWISE_TRANSPOSE(x, ones) if by_block else QUANTIZE_COLUMNWISE_TRANSPOSE(x)
 
         if on_gpu:  # all of them are compiled at once, those that a model will need next, too
-            ours = [lambda: QUANTIZE_ROWWISE(x), quantize_columns, lambda: quantized_matmul(*operands)]
+            ours = [lambda: QUANTIZE_ROWWISE(x), lambda: QUANTIZE_ROWWISE(small), quantize_columns, lambda: quantized_matmul(*operands)]
             run_together(ours + others, device)
-        small, small_weight = x[:16, :16].contiguous(), weight[:16, :16].contiguous()
         quantize = quantize_rowwise_work(rows, size, dtype.itemsize).bytes / seconds(lambda: QUANTIZE_ROWWISE(x))
         columns_work = quantize_blockwise_transpose_work if by_block else quantize_columnwise_transpose_work
         kernel = seconds(lambda: QUANTIZE_ROWWISE(small)) * (_AMONG_OTHERS if on_gpu else 1.0)

@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import swcompile
-from swcompile import Role, cost
+from swcompile import Role, backend, cost
 
 WIDTH, TOKENS = 64, 40
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -57,6 +57,21 @@ class Model(nn.Module):
 def make(device: str = "cpu", seed: int = 0, **options: Any) -> tuple[Model, torch.Tensor]:
     torch.manual_seed(seed)
     return Model(**options).to(device), torch.randn(TOKENS, WIDTH, device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_processes_that_compile_for_a_gpu_start_first(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def compile_nothing(gm: torch.fx.GraphModule, inputs: Any, **options: Any) -> torch.fx.GraphModule:
+        seen.append("compiled")
+        return gm
+
+    monkeypatch.setattr(backend, "maybe_warm_pool", lambda: seen.append("started"))
+    monkeypatch.setattr(backend, "compile_fx", compile_nothing)
+    model, x = make(device)
+    torch.compile(model, backend="switchback", options=EVERY)(x)
+    assert seen == ["started"] * (device == "cuda") + ["compiled"]
 
 
 def run(call: Callable[[torch.Tensor], torch.Tensor], model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:

@@ -1,11 +1,15 @@
 """What is found out about a launch is kept for calls that look alike, and for no others."""
 
 import gc
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._inductor.runtime import triton_compat
 
 from swcompile.kernels import launch
 from swcompile.kernels.dequantize import dequantize_triton
@@ -33,6 +37,25 @@ def test_calls_that_look_alike_share_a_plan() -> None:
     assert plans.find([first, None], 3) == plans.find([second, None], 3) == "plan 1"
     (call,) = seen
     assert call[0] is first and call[1:] == (None, 3)
+
+
+def test_what_triton_makes_once_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def make(what: str) -> None:
+        time.sleep(0.05)
+        made.append(what)
+
+    active = SimpleNamespace(get_current_target=lambda: make("driver"))
+    monkeypatch.setattr(launch, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active))))
+    monkeypatch.setattr(triton_compat, "triton_key", lambda: make("key"))
+    launch._prepare_once.cache_clear()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: launch.prepare_to_compile() or sorted(made), range(4)))
+    finally:
+        launch._prepare_once.cache_clear()
+    assert found == [["driver", "key"]] * 4
 
 
 LINE = torch.zeros(200)

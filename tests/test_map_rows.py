@@ -236,6 +236,23 @@ def test_candidates() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("name", "num_columns"), [("swiglu", 1104), ("swiglu_backward", 14336), ("rms_norm_backward", 1104)])
+def test_nothing_is_left_to_compile_or_load_in_the_first_call(
+    name: str, num_columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = parse(PROGRAMS[name])
+    inputs = make_inputs(PROGRAMS[name], 512, num_columns, "cuda")
+    row_program_triton.compile_in_background(program, 512, num_columns, inputs[0].device)
+    row_program_triton._pending[program, num_columns, inputs[0].device].result()
+
+    def refuse(compiled: triton.compiler.CompiledKernel) -> None:
+        assert compiled.module is not None, f"{compiled.name} is not loaded"
+
+    monkeypatch.setattr(triton.compiler.CompiledKernel, "_init_handles", refuse)
+    assert_close(PROGRAMS[name], map_rows_triton(inputs, PROGRAMS[name]), map_rows_reference(inputs, PROGRAMS[name]))
+
+
+@pytest.mark.gpu
 def test_long_and_many_rows() -> None:
     text = PROGRAMS["gelu_backward"]
     inputs = make_inputs(text, 70_001, MAX_COLUMNS, "cuda")  # more than 2^31 elements
