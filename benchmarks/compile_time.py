@@ -38,8 +38,8 @@ def first_step(workload: str, route: str, caches: str) -> float:
 
 
 def in_a_process(*args: str) -> float:
-    """`first_step` in a fork of this process, which has all modules imported and has not touched the GPU."""
-    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+    """`first_step` in a new process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(first_step, *args).result()
 
 
@@ -64,15 +64,14 @@ def main() -> None:
     )
     parser.add_argument("--output", help="also write the tables to this markdown file")
     args = parser.parse_args()
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asks without touching the GPU, which no fork could use then
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     measure("mlp", args.recipes[:1])
     columns = {"route": "", "cold s": ".1f", "cold ratio": ".2f", "warm s": ".1f", "warm ratio": ".2f"}
-    tables = {name: markdown_table(measure(name, [BASELINE, *args.recipes]), columns) for name in args.workloads}
-    text = [header("First step, which compiles")]  # which asks the GPU for its name
-    text += [f"## {name}\n\n{table}" for name, table in tables.items()]
-    print("\n\n".join(text))
+    text = [header("First step, which compiles")]
+    for name in args.workloads:
+        text.append(f"## {name}\n\n{markdown_table(measure(name, [BASELINE, *args.recipes]), columns)}")
+        print(text[-1], flush=True)
     write(text, args.output)
 
 
