@@ -47,23 +47,15 @@ OLDEST_CAPABILITY = (8, 0)
 """Compute capability from which on Triton's `tl.dot` multiplies int8 on tensor cores."""
 
 
-_preparation = threading.Lock()
+_hashing = threading.Lock()
 
 
-def prepare_to_compile() -> None:
-    """Have what Triton makes once a process before it compiles: threads that compile at once would each make it."""
-    with _preparation:
-        _prepare_once()
-
-
-@cache
-def _prepare_once() -> None:
+def hash_triton() -> None:
+    """Have Triton hash its own files, half a second once a process: threads that compile at once would each do it."""
     from torch._inductor.runtime.triton_compat import triton_key  # 2 s to import where Inductor is not
 
-    hashing = threading.Thread(target=triton_key)  # of Triton's own files, while a C compiler makes its driver
-    hashing.start()
-    triton.runtime.driver.active.get_current_target()
-    hashing.join()
+    with _hashing:
+        triton_key()
 
 
 class DeviceFacts(NamedTuple):

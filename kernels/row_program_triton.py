@@ -18,8 +18,8 @@ from swcompile.kernels.launch import (
     Launcher,
     device_facts,
     empty,
+    hash_triton,
     load,
-    prepare_to_compile,
     resident_programs,
     triton,
 )
@@ -128,7 +128,7 @@ def compile_in_background(program: RowProgram, num_rows: int | None, num_columns
     key = program, num_columns, device
 
     def work() -> None:
-        prepare_to_compile()
+        hash_triton()
         config = chosen(program, num_columns, device)
         even_rows = num_rows is None or num_rows % config.rows == 0
         for compiled in _compile(program, config, num_columns, even_rows, device):

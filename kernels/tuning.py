@@ -12,11 +12,12 @@ from functools import partial
 from hashlib import sha256
 from math import inf, log2
 from pathlib import Path
+from threading import Thread
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from swcompile.kernels.launch import HAS_TRITON, device_facts, is_capturing, prepare_to_compile, triton
+from swcompile.kernels.launch import HAS_TRITON, device_facts, hash_triton, is_capturing, triton
 from swcompile.kernels.measurements import MeasurementFile
 from swcompile.kernels.timing import intervals_ms
 
@@ -66,7 +67,10 @@ def run_together(runs: Sequence[Callable[[], object]], device: torch.device) -> 
 
     Most of a compilation leaves Python's lock to others. What the calls compute is overwritten later.
     """
-    prepare_to_compile()
+    hashing = Thread(target=hash_triton)
+    hashing.start()
+    triton.runtime.driver.active.get_current_target()  # a C compiler makes the driver, if there is none in Triton's cache
+    hashing.join()
     stream = torch.cuda.current_stream(device)  # a thread's own, else, where operands may not be there yet
 
     def attempt(run: Callable[[], object]) -> None:

@@ -4,12 +4,15 @@ import contextlib
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from threading import Thread
 from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.async_compile import maybe_warm_pool
+from torch._inductor.async_compile import AsyncCompile, get_compile_threads, maybe_warm_pool
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.runtime.triton_compat import triton_key
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swcompile.cost import rates_fingerprint, size_buckets, symbolic_sizes
@@ -23,7 +26,7 @@ from swcompile.joint import (
     read_options,
     trace_joint,
 )
-from swcompile.kernels.launch import require_supported_gpu
+from swcompile.kernels.launch import hash_triton, require_supported_gpu
 from swcompile.passes import joint_passes, post_grad_passes
 from swcompile.pipeline import log, target_name
 from swcompile.recipe import Recipe
@@ -72,7 +75,7 @@ def switchback(
     for device in devices:
         if device.type == "cuda":
             require_supported_gpu(device.index)
-            maybe_warm_pool()  # Inductor's processes that compile, which take seconds to start
+            _start_compilers()
     passes = joint_passes(recipe, is_whole=is_whole(gm))
     joint_pass = JointPass(
         passes,
@@ -92,6 +95,23 @@ def switchback(
     # A summary of what no pass has seen would trace the graph again: left to who asks.
     log.info("%s", report.summary() if report.is_recorded else f"{recipe.name}: from the cache; see swcompile.reports()")
     return compiled
+
+
+@cache
+def _start_compilers() -> None:
+    """Start what takes seconds before the first Triton kernel can be compiled, while the graph is traced.
+
+    That is Inductor's processes, as its own backend does, and Triton's hash of itself, in each of them and in this one.
+    """
+    maybe_warm_pool()
+    if AsyncCompile._ready_future is not None:  # they were started, unless someone has forbidden it
+        for _ in range(min(get_compile_threads(), _NUM_HASHING)):
+            AsyncCompile.process_pool().submit(triton_key)
+    Thread(target=hash_triton).start()
+
+
+_NUM_HASHING = 8
+"""Processes at most: about as many as kernels of Inductor's are compiled at once."""
 
 
 def _cost_identity(gm: fx.GraphModule, inputs: Sequence[Any], names: Iterable[int], recipe: Recipe) -> str:

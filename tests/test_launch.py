@@ -4,7 +4,7 @@ import gc
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -39,23 +39,19 @@ def test_calls_that_look_alike_share_a_plan() -> None:
     assert call[0] is first and call[1:] == (None, 3)
 
 
-def test_what_triton_makes_once_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
-
-    def make(what: str) -> None:
+def test_threads_wait_for_the_one_that_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    @cache
+    def triton_key() -> None:
+        begun.append(1)
         time.sleep(0.05)
-        made.append(what)
+        done.append(1)
 
-    active = SimpleNamespace(get_current_target=lambda: make("driver"))
-    monkeypatch.setattr(launch, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active))))
-    monkeypatch.setattr(triton_compat, "triton_key", lambda: make("key"))
-    launch._prepare_once.cache_clear()
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lambda _: launch.prepare_to_compile() or sorted(made), range(4)))
-    finally:
-        launch._prepare_once.cache_clear()
-    assert found == [["driver", "key"]] * 4
+    begun: list[int] = []
+    done: list[int] = []
+    monkeypatch.setattr(triton_compat, "triton_key", triton_key)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: launch.hash_triton() or len(done), range(4))) == [1] * 4
+    assert len(begun) == 1
 
 
 LINE = torch.zeros(200)
