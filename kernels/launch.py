@@ -180,6 +180,9 @@ def nothing(*tensors: Any) -> None:
     """What launches the kernel of an op whose result has no elements."""
 
 
+_first_calls: dict[Hashable, threading.Lock] = {}
+
+
 class Launcher:
     """Launches a kernel of Triton's, time and again, with tensors that differ in their addresses alone.
 
@@ -203,7 +206,9 @@ class Launcher:
         if self._run is not None:
             self._run(*tensors, *self._rest)
             return
-        compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._options)
+        # Candidates that are tried in threads share kernels: one compiles, the others wait for it.
+        with _first_calls.setdefault((id(self._kernel), str(self._options)), threading.Lock()):
+            compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._options)
         if compiled is not None:  # the interpreter compiles nothing
             names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
             self._rest = *self._numbers, *[self._options[name] for name in names]

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import torch
 
-_SLEEPS = 10_000_000, 40_000_000, 160_000_000, 640_000_000
-"""Cycles: some 5 ms to 0.3 s."""
+_SLEEPS = 4_000_000, 20_000_000, 100_000_000, 640_000_000
+"""Cycles: some 2 ms to 0.3 s."""
 
 
 def queue_ahead(queue: Callable[[], torch.cuda.Event]) -> None:

@@ -69,7 +69,8 @@ def run_together(runs: Sequence[Callable[[], object]], device: torch.device) -> 
     """
     hashing = Thread(target=hash_triton)
     hashing.start()
-    triton.runtime.driver.active.get_current_target()  # a C compiler makes the driver, if there is none in Triton's cache
+    target = triton.runtime.driver.active.get_current_target()  # a C compiler makes the driver that is not in Triton's cache
+    triton.compiler.make_backend(target).hash()  # asks the assembler for its version
     hashing.join()
     stream = torch.cuda.current_stream(device)  # a thread's own, else, where operands may not be there yet
 

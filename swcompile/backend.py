@@ -1,6 +1,7 @@
 """The ``"switchback"`` backend of `torch.compile`."""
 
 import contextlib
+import os
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import fx
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads, maybe_warm_pool
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from torch._inductor.runtime.triton_compat import triton_key
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -75,6 +77,8 @@ def switchback(
     for device in devices:
         if device.type == "cuda":
             require_supported_gpu(device.index)
+            # As Inductor does, but not before its own first kernel: else the next process looks for some of ours elsewhere.
+            os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index))
             _start_compilers()
     passes = joint_passes(recipe, is_whole=is_whole(gm))
     joint_pass = JointPass(

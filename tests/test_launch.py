@@ -1,6 +1,7 @@
 """What is found out about a launch is kept for calls that look alike, and for no others."""
 
 import gc
+import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -195,6 +196,35 @@ def test_empty_is_torch_empty(shape: tuple[int, ...], device: str) -> None:
         made = launch.empty(size, torch.int8, torch.device(device))
         assert made.shape == expected.shape and made.stride() == expected.stride() and made.is_contiguous()
         assert (made.dtype, made.device.type, made.requires_grad) == (torch.int8, device, False)
+
+
+def test_threads_that_need_the_same_kernel_compile_it_once() -> None:
+    class Kernel:
+        arg_names: tuple[str, ...] = ("x", "SIZE")
+
+        def __init__(self) -> None:
+            self.compiled: dict[Any, Any] = {}
+            self.num_compiling = self.most_at_once = 0
+
+        def __getitem__(self, grid: Any) -> Any:
+            return self.call
+
+        def call(self, x: torch.Tensor, SIZE: int) -> Any:
+            if SIZE not in self.compiled:
+                self.num_compiling += 1
+                self.most_at_once = max(self.most_at_once, self.num_compiling)
+                others.wait() if SIZE == 1 else time.sleep(0.05)  # the barrier breaks unless another size is compiled meanwhile
+                assert SIZE not in self.compiled
+                self.num_compiling -= 1
+                self.compiled[SIZE] = {(1, 1, 1): lambda *args: None}
+            if SIZE == 2:
+                others.wait()
+            return self.compiled[SIZE]
+
+    kernel, others = Kernel(), threading.Barrier(2, timeout=30)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda size: Launcher(kernel, (1,), SIZE=size)(LINE), (1, 3, 3, 2)))
+    assert sorted(kernel.compiled) == [1, 2, 3] and kernel.most_at_once > 1
 
 
 def test_plans_keep_no_tensor() -> None:
