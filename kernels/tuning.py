@@ -69,13 +69,14 @@ def run_together(runs: Sequence[Callable[[], object]], device: torch.device) -> 
     """
     hashing = Thread(target=hash_triton)
     hashing.start()
-    target = triton.runtime.driver.active.get_current_target()  # a C compiler makes the driver that is not in Triton's cache
+    with torch.cuda.device(device):
+        target = triton.runtime.driver.active.get_current_target()  # a C compiler makes the driver that is not in Triton's cache
     triton.compiler.make_backend(target).hash()  # asks the assembler for its version
     hashing.join()
     stream = torch.cuda.current_stream(device)  # a thread's own, else, where operands may not be there yet
 
     def attempt(run: Callable[[], object]) -> None:
-        with torch.cuda.stream(stream), contextlib.suppress(Exception):  # whoever calls it again sees its error
+        with torch.cuda.device(device), torch.cuda.stream(stream), contextlib.suppress(Exception):  # whoever calls it again sees its error
             run()
 
     with ThreadPoolExecutor(len(runs)) as pool:

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.async_compile import AsyncCompile, get_compile_threads, maybe_warm_pool
+from torch._inductor.async_compile import maybe_warm_pool
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
-from torch._inductor.runtime.triton_compat import triton_key
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swcompile.cost import rates_fingerprint, size_buckets, symbolic_sizes
@@ -105,17 +104,10 @@ def switchback(
 def _start_compilers() -> None:
     """Start what takes seconds before the first Triton kernel can be compiled, while the graph is traced.
 
-    That is Inductor's processes, as its own backend does, and Triton's hash of itself, in each of them and in this one.
+    That is Inductor's processes, as its own backend does, and Triton's hash of itself in this one.
     """
     maybe_warm_pool()
-    if AsyncCompile._ready_future is not None:  # they were started, unless someone has forbidden it
-        for _ in range(min(get_compile_threads(), _NUM_HASHING)):
-            AsyncCompile.process_pool().submit(triton_key)
     Thread(target=hash_triton).start()
-
-
-_NUM_HASHING = 8
-"""Processes at most: about as many as kernels of Inductor's are compiled at once."""
 
 
 def _cost_identity(gm: fx.GraphModule, inputs: Sequence[Any], names: Iterable[int], recipe: Recipe) -> str:

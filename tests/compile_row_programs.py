@@ -1,26 +1,19 @@
 """Compiles row programs for GPUs that need not be there, and looks for registers that did not suffice."""
 
-import os
 import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NoReturn
-from unittest import mock
 
 import torch
 import triton
 from row_programs import PROGRAMS
-from torch._inductor.async_compile import AsyncCompile, maybe_warm_pool
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource, CompiledKernel
 
-from swcompile.kernels.launch import DeviceFacts
 from swcompile.kernels.row_program import Action, RowProgram, Shape, parse
 from swcompile.kernels.row_program_source import source
-from swcompile.kernels.row_program_triton import MAX_SPILLS, _warm_up, candidates, compile_source, loads_ahead
-from swcompile.kernels.workers import run_for, submit
+from swcompile.kernels.row_program_triton import MAX_SPILLS, candidates, compile_source, loads_ahead
 
 MASKS = """\
 %0: bf16[M, K] = input
@@ -92,33 +85,8 @@ def stack_bytes(compiled: CompiledKernel) -> int:
     return int(found)
 
 
-def compile_in_inductors_processes() -> None:
-    """What one of them compiles, this process finds."""
-    program, num_columns = parse(PROGRAMS["rms_norm_backward"]), 1280
-    target, facts = GPUTarget("cuda", 90, 32), DeviceFacts("H100", (9, 0), 132, SHARED_MEMORY[90] + 1024)
-    warm_up = _warm_up, program, candidates(program, num_columns)[0], num_columns
-
-    def refuse(*args: object) -> NoReturn:
-        raise AssertionError("it is compiled here")
-
-    AsyncCompile.wait_pool_ready()
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder):
-        elsewhere = submit(*warm_up, True, facts, target=target)
-        assert elsewhere is not None, "there are no such processes"
-        elsewhere.result()
-        with mock.patch.object(CUDABackend, "make_ttir", refuse):
-            run_for(target, {}, *warm_up, True, facts)
-            try:
-                run_for(target, {}, *warm_up, False, facts)
-            except AssertionError as error:
-                assert str(error) == "it is compiled here"
-            else:
-                raise AssertionError("nothing else was compiled there")
-
-
 def main() -> None:
     """Every program at a width that models have; the last line that it prints says that all is well."""
-    maybe_warm_pool()
     for name, num_columns in WIDTHS:
         program = parse(OWN.get(name) or PROGRAMS[name])
         for capability in (80, 90):
@@ -143,7 +111,6 @@ def main() -> None:
         if sums:
             types = {"partial": "*fp32", **sums, "num_programs": "i32"}
             compile_for(90, module.sum_kernel, types, {"K": num_columns, "BLOCK_P": 256, "BLOCK_K": 16, "OVERLAP": True}, num_warps=4)
-    compile_in_inductors_processes()
     print("all compiled")
 
 

@@ -1,18 +1,13 @@
 """``torch.compile(model, backend="switchback")`` as users use it."""
 
-import contextlib
 import copy
 import io
 import logging
-import pickle
-import threading
 import uuid
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock, call
 
 import model_zoo
 import pytest
@@ -20,8 +15,6 @@ import torch
 from processes import run_program
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._inductor.async_compile import AsyncCompile
-from torch._inductor.runtime.triton_compat import triton_key
 from torch.utils.checkpoint import checkpoint
 
 import swcompile
@@ -79,23 +72,6 @@ def test_processes_that_compile_for_a_gpu_start_first(device: str, monkeypatch: 
     model, x = make(device)
     torch.compile(model, backend="switchback", options=EVERY)(x)
     assert seen == ["started"] * (device == "cuda") + ["compiled"]
-
-
-@pytest.mark.parametrize("is_allowed", [True, False])
-def test_they_and_this_process_hash_triton(is_allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool, hashed = MagicMock(), threading.Event()
-    monkeypatch.setattr(backend, "maybe_warm_pool", lambda: None)
-    monkeypatch.setattr(AsyncCompile, "process_pool", lambda: pool)
-    monkeypatch.setattr(AsyncCompile, "_ready_future", Future() if is_allowed else None)
-    monkeypatch.setattr(backend, "get_compile_threads", lambda: 2)
-    monkeypatch.setattr(backend, "hash_triton", hashed.set)
-    backend._start_compilers.__wrapped__()
-    assert hashed.wait(30)
-    assert pool.submit.mock_calls == [call(triton_key)] * (2 if is_allowed else 0)
-    with contextlib.suppress(ImportError):  # by its name alone can another process find it
-        from triton.runtime.cache import triton_key as found
-
-        assert pickle.loads(pickle.dumps(triton_key)) is found
 
 
 def run(call: Callable[[torch.Tensor], torch.Tensor], model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:

@@ -240,6 +240,7 @@ def test_candidates_are_compiled_together_and_once():
 def test_calls_run_in_threads_and_errors_are_left_to_others(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(seen.append(stream)))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(tuning, "hash_triton", lambda: seen.append("hashed"))
     monkeypatch.setattr(tuning, "triton", MagicMock())
     seen: list[str] = []
