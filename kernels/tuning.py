@@ -12,7 +12,6 @@ from functools import partial
 from hashlib import sha256
 from math import inf, log2
 from pathlib import Path
-from threading import Thread
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -67,12 +66,10 @@ def run_together(runs: Sequence[Callable[[], object]], device: torch.device) -> 
 
     Most of a compilation leaves Python's lock to others. What the calls compute is overwritten later.
     """
-    hashing = Thread(target=hash_triton)
-    hashing.start()
     with torch.cuda.device(device):
         target = triton.runtime.driver.active.get_current_target()  # a C compiler makes the driver that is not in Triton's cache
     triton.compiler.make_backend(target).hash()  # asks the assembler for its version
-    hashing.join()
+    hash_triton()
     stream = torch.cuda.current_stream(device)  # a thread's own, else, where operands may not be there yet
 
     def attempt(run: Callable[[], object]) -> None:

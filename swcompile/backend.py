@@ -5,7 +5,6 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from threading import Thread
 from typing import Any
 
@@ -100,7 +99,6 @@ def switchback(
     return compiled
 
 
-@cache
 def _start_compilers() -> None:
     """Start what takes seconds before the first Triton kernel can be compiled, while the graph is traced.
 

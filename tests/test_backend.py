@@ -3,6 +3,7 @@
 import copy
 import io
 import logging
+import os
 import uuid
 import warnings
 from collections.abc import Callable
@@ -67,11 +68,13 @@ def test_processes_that_compile_for_a_gpu_start_first(device: str, monkeypatch: 
         seen.append("compiled")
         return gm
 
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     monkeypatch.setattr(backend, "_start_compilers", lambda: seen.append("started"))
     monkeypatch.setattr(backend, "compile_fx", compile_nothing)
     model, x = make(device)
     torch.compile(model, backend="switchback", options=EVERY)(x)
     assert seen == ["started"] * (device == "cuda") + ["compiled"]
+    assert ("TRITON_CACHE_DIR" in os.environ) == (device == "cuda"), "all of a process's kernels are in one place"
 
 
 def run(call: Callable[[torch.Tensor], torch.Tensor], model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
