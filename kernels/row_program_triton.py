@@ -15,6 +15,7 @@ import torch
 
 from swcompile.kernels.launch import (
     INTERPRETED,
+    DeviceFacts,
     Launcher,
     device_facts,
     empty,
@@ -26,6 +27,7 @@ from swcompile.kernels.launch import (
 from swcompile.kernels.row_program import POINTWISE, Action, RowProgram, Shape, matrix_size
 from swcompile.kernels.row_program_source import source
 from swcompile.kernels.tuning import run_together
+from swcompile.kernels.workers import submit
 
 MAX_WARPS_PER_ROW = 16
 MAX_ELEMENTS = 64
@@ -86,7 +88,8 @@ def launcher(
     if program.sums:
         resident = _resident_programs(program, config, num_columns, num_rows % config.rows == 0, device)
         num_programs = min(num_programs, resident)
-    kernels, overlap = _kernels(program, config, num_columns, device), _overlaps(device)
+    facts = device_facts(device)
+    kernels, overlap = _kernels(program, config, num_columns, facts), _overlaps(facts)
     strides = [t.stride(0) for t, value in zip(inputs, program.inputs, strict=True) if value.shape is Shape.MATRIX]
     rows = Launcher(
         kernels.row_kernel, (num_programs,), *strides, num_rows, **_options(config, num_rows, num_columns, overlap)
@@ -122,20 +125,30 @@ def compile_in_background(program: RowProgram, num_rows: int | None, num_columns
         num_columns: K.
         device: a CUDA device.
     """
-    for config in _considered(program, num_columns):
-        _kernels(program, config, num_columns, device)  # imports a module, which is better not done in a thread
-    triton.runtime.driver.active.get_current_target()  # so is this, when it is done for the first time
     key = program, num_columns, device
+    if key in _pending:
+        return
+    facts = device_facts(device)
+    with torch.cuda.device(device):
+        target = triton.runtime.driver.active.get_current_target()  # imports, which is better not done in a thread
+    elsewhere = []
+    for config in _considered(program, num_columns):
+        _kernels(program, config, num_columns, facts)  # and so does this
+        elsewhere.append(submit(_warm_up, program, config, num_columns, _is_even(num_rows, config), facts, target=target))
 
     def work() -> None:
         hash_triton()
+        wait(filter(None, elsewhere))  # what is compiled there is found below; if it failed there, it does so here, and shows how
         config = chosen(program, num_columns, device)
-        even_rows = num_rows is None or num_rows % config.rows == 0
-        for compiled in _compile(program, config, num_columns, even_rows, device):
+        for compiled in _compile(program, config, num_columns, _is_even(num_rows, config), device):
             load(compiled, device)
 
-    if key not in _pending:
-        _pending[key] = _compilers.submit(work)
+    _pending[key] = _compilers.submit(work)
+
+
+def _is_even(num_rows: int | None, config: RowConfig) -> bool:
+    """Whether the last program has as many rows as the others, as far as one knows."""
+    return num_rows is None or num_rows % config.rows == 0
 
 
 @cache
@@ -162,9 +175,9 @@ def _considered(program: RowProgram, num_columns: int) -> list[RowConfig]:
     return configs[: len(limited) + 1]
 
 
-def _kernels(program: RowProgram, config: RowConfig, num_columns: int, device: torch.device) -> Any:
+def _kernels(program: RowProgram, config: RowConfig, num_columns: int, facts: DeviceFacts) -> Any:
     """The module that holds a program's kernels."""
-    ahead = loads_ahead(program, config, num_columns, device_facts(device).shared_memory)
+    ahead = loads_ahead(program, config, num_columns, facts.shared_memory)
     return compile_source(source(program, triton.cdiv(num_columns, config.width), ahead))
 
 
@@ -179,9 +192,9 @@ _SHARED_MEMORY_BESIDE = 8192
 """Bytes of shared memory for reductions, and what the driver keeps."""
 
 
-def _overlaps(device: torch.device) -> bool:
+def _overlaps(facts: DeviceFacts) -> bool:
     """Whether the second kernel is launched while the first one runs (programmatic dependent launch)."""
-    return device.type == "cuda" and device_facts(device).capability >= (9, 0)
+    return not INTERPRETED and facts.capability >= (9, 0)
 
 
 def _options(config: RowConfig, num_rows: int, num_columns: int, overlap: bool) -> dict[str, Any]:
@@ -218,7 +231,15 @@ def _compile(
     program: RowProgram, config: RowConfig, num_columns: int, even_rows: bool, device: torch.device
 ) -> list[Any]:
     """A program's `row_kernel` and, if it sums rows, `sum_kernel`, compiled for inputs that are aligned, as most are."""
-    kernels = _kernels(program, config, num_columns, device)
+    with torch.cuda.device(device):
+        return _warm_up(program, config, num_columns, even_rows, device_facts(device))
+
+
+def _warm_up(
+    program: RowProgram, config: RowConfig, num_columns: int, even_rows: bool, facts: DeviceFacts
+) -> list[Any]:
+    """`_compile` for Triton's current target."""
+    kernels = _kernels(program, config, num_columns, facts)
     pointers: list[Any] = []
     pointers += [value.dtype for value in program.inputs]
     for output in program.outputs:
@@ -226,13 +247,12 @@ def _compile(
         dtypes = {Action.STORE: [stored], Action.QUANTIZE: [torch.int8, torch.float32], Action.SUM_ROWS: [torch.float32]}
         pointers += dtypes[output.action]
     pointers += [num_columns for value in program.inputs if value.shape is Shape.MATRIX]
-    num_rows, overlap = config.rows if even_rows else config.rows + 1, _overlaps(device)
-    with torch.cuda.device(device):
-        rows = kernels.row_kernel.warmup(*pointers, num_rows, **_options(config, num_rows, num_columns, overlap), grid=(1,))
-        if not program.sums:
-            return [rows]
-        totals = [output.dtype for output in program.sums]
-        return [rows, kernels.sum_kernel.warmup(torch.float32, *totals, 16, **_sum_options(num_columns, overlap), grid=(1,))]
+    num_rows, overlap = config.rows if even_rows else config.rows + 1, _overlaps(facts)
+    rows = kernels.row_kernel.warmup(*pointers, num_rows, **_options(config, num_rows, num_columns, overlap), grid=(1,))
+    if not program.sums:
+        return [rows]
+    totals = [output.dtype for output in program.sums]
+    return [rows, kernels.sum_kernel.warmup(torch.float32, *totals, 16, **_sum_options(num_columns, overlap), grid=(1,))]
 
 
 def output_kinds(inputs: Sequence[torch.Tensor], program: RowProgram) -> list[tuple[tuple[int, ...], torch.dtype]]:

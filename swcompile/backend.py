@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor.async_compile import maybe_warm_pool
-from torch._inductor.compile_fx import compile_fx
 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -68,6 +67,8 @@ def switchback(
             pattern that matches no parameter of this graph, or a matmul that was asked for and cannot be rewritten.
         RuntimeError: a GPU without int8 tensor cores (compute capability below 8.0).
     """
+    from torch._inductor.compile_fx import compile_fx  # 1.5 s to import: not where kernels are compiled
+
     recipe, patches = read_options(options or {}, mode)
     names = parameter_names(gm, example_inputs)
     _check_patterns(recipe, gm, names)

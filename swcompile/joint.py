@@ -12,7 +12,6 @@ from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
-from torch._inductor.compile_fx import compile_fx
 
 from swcompile import graph as facts
 from swcompile.graph_pass import GraphPass
@@ -261,6 +260,8 @@ def trace_joint(
     Returns:
         A callable that runs the graph, gradients included.
     """
+    from torch._inductor.compile_fx import compile_fx  # as in the backend
+
     patches: dict[str, Any] = {key: value for key, value in (options or {}).items() if key == "triton.cudagraphs"}
     # The graphs of control flow inside are joint graphs of their own, and come first.
     is_one = not any(isinstance(part, fx.GraphModule) for part in gm.modules() if part is not gm)
