@@ -4,8 +4,9 @@ A launch costs the host 10 us, and as much again to find out how to launch; in a
 fill the caches, several times that. A small model waits for it. So what was found out is kept for calls that look alike.
 """
 
+import contextlib
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -166,7 +167,7 @@ class Plans(Generic[Plan]):
             plan = self._prepare(*tensors, *options)
             if len(self._known) >= MAX_PLANS:
                 self._known.clear()
-            if not is_capturing():  # what is prepared then may have had to do without timing
+            if not (is_capturing() or is_recording()):  # what is prepared then may have had to do without timing
                 self._known[key] = plan
         return plan
 
@@ -178,6 +179,45 @@ def is_capturing() -> bool:
 
 def nothing(*tensors: Any) -> None:
     """What launches the kernel of an op whose result has no elements."""
+
+
+class Launch(NamedTuple):
+    """As much of a launch as it takes to compile its kernel, in another process too."""
+
+    module: str
+    name: str
+    """Of the kernel in its module."""
+    arguments: tuple[Any, ...]
+    """A tensor's dtype, `Description` of a descriptor, or a number for each that is not constant."""
+    options: tuple[tuple[str, Any], ...]
+    """Constants, and options of compilation and launch."""
+
+
+class Description(NamedTuple):
+    """A tensor descriptor without its tensor."""
+
+    kind: Any
+    dtype: torch.dtype
+    fields: tuple[tuple[str, Any], ...]
+
+
+_recorder = threading.local()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[str, Launch]]:
+    """Gather what this thread launches for the first time, of each kernel that would be compiled once, and launch nothing."""
+    assert not is_recording()
+    _recorder.launches = {}
+    try:
+        yield _recorder.launches
+    finally:
+        del _recorder.launches
+
+
+def is_recording() -> bool:
+    """Whether launches are gathered, and nothing is computed."""
+    return hasattr(_recorder, "launches")
 
 
 _first_calls: dict[Hashable, threading.Lock] = {}
@@ -206,6 +246,10 @@ class Launcher:
         if self._run is not None:
             self._run(*tensors, *self._rest)
             return
+        if is_recording():
+            launch = self._described(tensors)
+            _recorder.launches[str(launch)] = launch
+            return
         # Candidates that are tried in threads share kernels: one compiles, the others wait for it.
         with _first_calls.setdefault((id(self._kernel), str(self._options)), threading.Lock()):
             compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._options)
@@ -213,6 +257,26 @@ class Launcher:
             names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
             self._rest = *self._numbers, *[self._options[name] for name in names]
             self._run = compiled[(*self._grid, 1, 1)[:3]]
+
+    def _described(self, tensors: Sequence[Any]) -> Launch:
+        arguments = [t if t is None else t.dtype if isinstance(t, torch.Tensor) else describe(t) for t in tensors]
+        numbers = [number if number == 1 or number >> 31 else 17 - (number % 16 == 0) for number in self._numbers]
+        function = self._kernel.fn
+        options = tuple(sorted(self._options.items()))
+        return Launch(function.__module__, function.__name__, (*arguments, *numbers), options)
+
+
+def describe(descriptor: Any) -> Description:
+    """A tensor descriptor without its tensor, of which it takes the dtype alone to compile a kernel."""
+    fields = tuple((name, value) for name, value in vars(descriptor).items() if name != "base")
+    return Description(type(descriptor), descriptor.base.dtype, fields)
+
+
+def with_base(description: Description, base: Any) -> Any:
+    """The tensor descriptor that was described, of `base`."""
+    descriptor = object.__new__(description.kind)
+    vars(descriptor).update(description.fields, base=base)
+    return descriptor
 
 
 class Described:
@@ -224,16 +288,12 @@ class Described:
 
     def __init__(self, make: Callable[[torch.Tensor], Any]) -> None:
         self._make = make
-        self._kind: Any = None
-        self._fields: dict[str, Any] = {}
+        self._description: Description | None = None
 
     def __call__(self, tensor: torch.Tensor) -> Any:
         """The descriptor. A tensor is kept by its own descriptor alone."""
-        if self._kind is None:
+        if self._description is None:
             descriptor = self._make(tensor)
-            self._fields = {name: value for name, value in vars(descriptor).items() if name != "base"}
-            self._kind = type(descriptor)
+            self._description = describe(descriptor)
             return descriptor
-        descriptor = object.__new__(self._kind)
-        vars(descriptor).update(self._fields, base=tensor)
-        return descriptor
+        return with_base(self._description, tensor)

@@ -6,7 +6,7 @@ Every configuration of a kernel gives the same bits, so a choice changes time on
 import contextlib
 import statistics
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
@@ -16,9 +16,19 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from swcompile.kernels.launch import HAS_TRITON, device_facts, hash_triton, is_capturing, triton
+from swcompile.kernels.launch import (
+    HAS_TRITON,
+    Launch,
+    device_facts,
+    hash_triton,
+    is_capturing,
+    is_recording,
+    recording,
+    triton,
+)
 from swcompile.kernels.measurements import MeasurementFile
 from swcompile.kernels.timing import intervals_ms
+from swcompile.kernels.workers import compile_elsewhere, wait_for
 
 
 class ConfigLike(Hashable, Protocol):
@@ -80,6 +90,21 @@ def run_together(runs: Sequence[Callable[[], object]], device: torch.device) -> 
         list(pool.map(attempt, runs))
 
 
+def launches_of(runs: Iterable[Callable[[], object]]) -> list[Launch]:
+    """What calls would launch that is still to be compiled, each configuration of it that would be tried included."""
+    with recording() as launches:
+        for run in runs:
+            with contextlib.suppress(Exception):  # whoever calls it sees its error
+                run()
+    return list(launches.values())
+
+
+def compile_together(runs: Sequence[Callable[[], object]], device: torch.device) -> None:
+    """`run_together`, once Inductor's processes, if there are any, have compiled the kernels."""
+    wait_for(compile_elsewhere(launches_of(runs), device))
+    run_together(runs, device)
+
+
 class _Turns:
     """Kernels of several ops may be compiled (and tried) at once; meanwhile none is timed, and those that are take turns."""
 
@@ -128,7 +153,7 @@ class Tuner(Generic[Config]):
         sources: Sequence[str],
         margin: float = 0.0,
         measure: Callable[[Callable[[], object]], float] = measure_ms,
-        compile_all: Callable[[Sequence[Callable[[], object]], torch.device], object] = run_together,
+        compile_all: Callable[[Sequence[Callable[[], object]], torch.device], object] = compile_together,
     ) -> None:
         self._name = name
         self._sources = sources
@@ -149,7 +174,8 @@ class Tuner(Generic[Config]):
         """The configuration to launch for `key`, timing `run` on each of `candidates()` if it is not known yet.
 
         While a CUDA graph is being captured nothing may be timed: the choice of the nearest size, else the first
-        candidate, serves that launch and is not remembered. The interpreter takes the first candidate.
+        candidate, serves that launch and is not remembered. While launches are gathered, each candidate's are. The
+        interpreter takes the first candidate.
         """
         chosen = self._chosen.get((device, key))
         if chosen is None:
@@ -168,6 +194,11 @@ class Tuner(Generic[Config]):
             if config._asdict() == stored:
                 self._chosen[device, key] = config
                 return config
+        if is_recording():
+            for config in candidates:
+                with contextlib.suppress(Exception):  # whoever tries it sees its error
+                    run(config)
+            return candidates[0]
         if is_capturing():
             return self._nearest(key, device) or candidates[0]
         config = self._time(candidates, run, device)

@@ -6,11 +6,14 @@ generates code meanwhile: each holds the other up.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, wait
+from importlib import import_module
 from typing import Any, NamedTuple
 
-from swcompile.kernels.launch import triton
+import torch
+
+from swcompile.kernels.launch import Description, Launch, triton, with_base
 
 _SETTINGS = ("TRITON_", "TORCHINDUCTOR_CACHE_DIR")
 """How variables start that decide what Triton compiles, and where it keeps that. Inductor sets one in its processes: they have
@@ -18,7 +21,9 @@ PyTorch's assembler in place of Triton's, and its version is part of Triton's ke
 """
 
 
-def submit(function: Callable[..., object], *args: Any, target: Any) -> Future[None] | None:
+def submit(
+    function: Callable[..., object], *args: Any, target: Any, at_once: bool = True
+) -> Future[None] | None:
     """Call a function that compiles kernels by their `warmup`, in one of Inductor's processes.
 
     What it compiles, any process that compiles the same then finds in Triton's cache.
@@ -27,19 +32,55 @@ def submit(function: Callable[..., object], *args: Any, target: Any) -> Future[N
         function: one that a module holds by its name, as its arguments are pickled.
         args: its arguments.
         target: Triton's name of a GPU model, which the process does not ask for, as it uses none.
+        at_once: not if the processes are still to start.
 
     Returns:
         What is done when the function is; None while Inductor has no such processes, or if it is told to have none.
     """
     from torch._inductor.async_compile import AsyncCompile  # 2 s to import where Inductor is not
 
-    if not AsyncCompile.use_process_pool():
+    if not AsyncCompile.use_process_pool() and (at_once or AsyncCompile._ready_future is None):
         return None
     return AsyncCompile.process_pool().submit(run_for, target, _settings(), function, *args)
 
 
 def _settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)}
+
+
+def compile_elsewhere(launches: Iterable[Launch], device: torch.device, *, at_once: bool = True) -> list[Future[None]]:
+    """Compile the kernels of some launches in Inductor's processes.
+
+    Args:
+        launches: gathered by `recording`, on tensors that are aligned, as most are.
+        device: that they are for.
+        at_once: as for `submit`.
+
+    Returns:
+        What is done when a kernel is compiled, if it is compiled there; what goes wrong there goes wrong here again.
+    """
+    with torch.cuda.device(device):
+        target = triton.runtime.driver.active.get_current_target()
+    found = [submit(compile_launch, launch, target=target, at_once=at_once) for launch in launches]
+    return [future for future in found if future is not None]
+
+
+def wait_for(futures: Iterable[Future[None]]) -> None:
+    """Wait for what was submitted; while the processes are still to start, this one is faster by itself."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    if AsyncCompile.use_process_pool():
+        wait(futures)
+
+
+def compile_launch(launch: Launch) -> None:
+    """Compile a launch's kernel for Triton's current target."""
+    kernel = getattr(import_module(launch.module), launch.name)
+    arguments = [
+        with_base(argument, triton.runtime.jit.MockTensor(argument.dtype)) if isinstance(argument, Description) else argument
+        for argument in launch.arguments
+    ]
+    kernel.warmup(*arguments, grid=(1,), **dict(launch.options))
 
 
 class _NoDevice(NamedTuple):

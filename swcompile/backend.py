@@ -14,7 +14,7 @@ from torch._inductor.async_compile import maybe_warm_pool
 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swcompile.cost import rates_fingerprint, size_buckets, symbolic_sizes
+from swcompile.cost import rates_identity, size_buckets, start_measuring, symbolic_sizes
 from swcompile.graph_pass import LateGraphPass
 from swcompile.joint import (
     JointPass,
@@ -110,10 +110,14 @@ def _start_compilers() -> None:
 
 
 def _cost_identity(gm: fx.GraphModule, inputs: Sequence[Any], names: Iterable[int], recipe: Recipe) -> str:
-    """What the cost rule's decisions rest on, besides the graph: the devices' rates, and hints of symbolic sizes."""
+    """What the cost rule's decisions rest on, besides the graph: the devices' rates, and hints of symbolic sizes.
+
+    Rates that are not known yet will be measured when the rule asks for them; what that takes is compiled meanwhile.
+    """
     devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
-    rates = rates_fingerprint(devices, _dtypes(gm, devices, names), recipe.scales_by_block)
-    return repr((rates, size_buckets(_symbolic(gm, inputs))))
+    measured = devices, _dtypes(gm, devices, names), recipe.scales_by_block
+    start_measuring(*measured)
+    return repr((rates_identity(*measured), size_buckets(_symbolic(gm, inputs))))
 
 
 def _symbolic(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:

@@ -1,14 +1,17 @@
 """Predicts whether a matmul is faster in 8 bit, from its work and the device's measured rates."""
 
+import contextlib
 import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import sympy
 import torch
@@ -41,7 +44,8 @@ from swcompile.kernels.scaled_mm import SCALED_MM, scaled_mm_work
 from swcompile.kernels.scaled_mm_blockwise import SCALED_MM_BLOCKWISE
 from swcompile.kernels.timing import intervals_ms
 from swcompile.kernels.transpose import TRANSPOSE, transpose_work
-from swcompile.kernels.tuning import bucket, run_together
+from swcompile.kernels.tuning import bucket, launches_of, run_together
+from swcompile.kernels.workers import compile_elsewhere, wait_for
 from swcompile.pipeline import source_fingerprint
 from swcompile.recipe import GemmFormat, Role, Scaling
 from swcompile.values import unrounded
@@ -266,26 +270,67 @@ def device_rates(device: torch.device, dtype: torch.dtype, by_block: bool = Fals
     """
     key = _device_key(device, dtype, by_block)
     if key not in _known:
-        file = MeasurementFile(Path(cache_dir()) / "swcompile" / "device_rates.json")
+        file = _rates_file()
         stored = file.read().get(key)
         rates = _rates_from(stored)
         if rates is None:
+            name = {_IDENTITY: _identity(key)}
             measured = _measure(device, dtype, by_block)
-            rates = _rates_from(file.add(key, dataclasses.asdict(measured), instead_of=stored)) or measured
+            rates = _rates_from(file.add(key, dataclasses.asdict(measured) | name, instead_of=name)) or measured
         _known[key] = rates
     return _known[key]
 
 
 _known: dict[str, DeviceRates] = {}
+_identities: dict[str, str] = {}
+_IDENTITY = "identity"
+"""Names a device's rates in cache keys, also while they are still to be measured: a graph is looked for before it is traced."""
 
 
-def rates_fingerprint(
-    devices: Iterable[torch.device], dtypes: Iterable[torch.dtype], by_block: bool = False
-) -> str:
-    """What a cache key needs of the rates on which decisions rest, those by block included or not."""
+def _rates_file() -> MeasurementFile:
+    return MeasurementFile(Path(cache_dir()) / "swcompile" / "device_rates.json")
+
+
+def rates_identity(devices: Iterable[torch.device], dtypes: Iterable[torch.dtype], by_block: bool = False) -> str:
+    """What a cache key needs of the rates on which decisions rest, those by block included or not. Nothing is measured."""
+    keys = {_device_key(*of) for of in _wanted(devices, dtypes, by_block)}
+    return repr(sorted((key, _identity(key)) for key in keys))
+
+
+def _identity(key: str) -> str:
+    """The name that the file has for a device's rates; a new one if it has none, or values that are none."""
+    if key not in _identities:
+        file = _rates_file()
+        stored = file.read().get(key)
+        if not _has_identity(stored):
+            stored = file.add(key, {_IDENTITY: uuid4().hex}, instead_of=stored)
+        _identities[key] = str(stored[_IDENTITY])
+    return _identities[key]
+
+
+def _has_identity(stored: Any) -> bool:
+    """Whether an entry is a device's rates, or their name alone."""
+    return isinstance(stored, dict) and (stored.keys() == {_IDENTITY} or _rates_from(stored) is not None)
+
+
+def start_measuring(devices: Iterable[torch.device], dtypes: Iterable[torch.dtype], by_block: bool = False) -> None:
+    """Have the kernels by which GPUs are measured compiled, while a graph is traced, where rates are not known yet."""
+    for of in _wanted(devices, dtypes, by_block):
+        key = _device_key(*of)
+        if of[0].type == "cuda" and key not in _known | _compiling and _rates_from(_rates_file().read().get(key)) is None:
+            with _on(of[0]), _trials(*of) as trials:
+                _compiling[key] = compile_elsewhere(launches_of(trials.all()), of[0], at_once=False)
+
+
+_compiling: dict[str, list[Future[None]]] = {}
+
+
+def _wanted(
+    devices: Iterable[torch.device], dtypes: Iterable[torch.dtype], by_block: bool
+) -> list[tuple[torch.device, torch.dtype, bool]]:
+    """What has rates, of devices and dtypes of a graph."""
     measured = {device for device in devices if device.type in ("cpu", "cuda")}
-    wanted = product(measured, set(dtypes).intersection(_DTYPES), {False, by_block})
-    return repr(sorted({(_device_key(*of), repr(device_rates(*of))) for of in wanted}))
+    return list(product(measured, set(dtypes).intersection(_DTYPES), {False, by_block}))
 
 
 def _device_key(device: torch.device, dtype: torch.dtype, by_block: bool = False) -> str:
@@ -302,73 +347,112 @@ def _device_key(device: torch.device, dtype: torch.dtype, by_block: bool = False
 def _rates_from(stored: Any) -> DeviceRates | None:
     """What the file holds for a device; None for what is no set of rates."""
     fields = {field.name for field in dataclasses.fields(DeviceRates)}
-    if not isinstance(stored, dict) or stored.keys() != fields:
+    if not isinstance(stored, dict) or stored.keys() != fields | {_IDENTITY}:
         return None
-    are_numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in stored.values())
-    if not are_numbers or min(stored[field] for field in _NOT_ZERO) <= 0:
+    values = {field: stored[field] for field in fields}
+    are_numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in values.values())
+    if not are_numbers or min(values[field] for field in _NOT_ZERO) <= 0:
         return None
-    return DeviceRates(**stored)
+    return DeviceRates(**values)
 
 
 _NOT_ZERO = ("matmul", "quantized_matmul", "quantize", "quantize_columns", "kernel")
 
 
 def _measure(device: torch.device, dtype: torch.dtype, by_block: bool) -> DeviceRates:
-    if device.type == "cuda":
-        with torch.cuda.device(device):  # events, sleep and synchronize are the current device's
-            return _measure_current(device, dtype, by_block)
-    return _measure_current(device, dtype, by_block)
+    with _on(device):
+        return _measure_current(device, dtype, by_block)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes a GPU the current one: events, sleep and synchronize are the current device's."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+class _Trials:
+    """What is timed to measure a device, on normal data."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, by_block: bool) -> None:
+        size = 4096 if device.type == "cuda" else 512
+        rows = 8 * size if device.type == "cuda" else 2 * size
+        self._by_block = by_block
+        self.x = torch.randn(rows, size, device=device, dtype=dtype)
+        self.weight = torch.randn(size, size, device=device, dtype=dtype)
+        self.small, self.small_weight = self.x[:16, :16].contiguous(), self.weight[:16, :16].contiguous()
+        self._ones = torch.ones(rows, 1, device=device)
+        self._rounded = _rounded(self.x)
+        if by_block:  # sums over the rows, as a weight's gradient does; as many operations
+            self._scales = torch.ones(num_blocks(rows), size, device=device)
+            self.quantized = [self._rounded.t().contiguous()] * 2
+        else:
+            self.quantized = [self._rounded, _rounded(self.weight)]
+
+    def quantize(self) -> object:
+        return QUANTIZE_ROWWISE(self.x)
+
+    def quantize_small(self) -> object:
+        return QUANTIZE_ROWWISE(self.small)
+
+    def quantize_columns(self) -> object:
+        if self._by_block:
+            return QUANTIZE_BLOCKWISE_TRANSPOSE(self.x, self._ones)
+        return QUANTIZE_COLUMNWISE_TRANSPOSE(self.x)
+
+    def transpose(self) -> object:
+        return TRANSPOSE(self._rounded)
+
+    def quantized_matmul(self, a: torch.Tensor, b: torch.Tensor) -> object:
+        if self._by_block:
+            return SCALED_MM_BLOCKWISE(a, b, self._scales[: num_blocks(a.shape[1])], self.x.dtype)
+        return SCALED_MM(a, b, self._ones, self._ones[:1], None, self.x.dtype)
+
+    def all(self) -> list[Callable[[], object]]:
+        """All that have kernels of ours, and those that a model will need next, to compile them at once."""
+        matmul = partial(self.quantized_matmul, *self.quantized)
+        calls: list[Callable[[], object]] = [self.quantize, self.quantize_small, self.quantize_columns, matmul]
+        if self._by_block:
+            return [*calls, self.transpose]
+        return [
+            *calls,
+            lambda: QUANTIZE_TENSORWISE(self.weight),
+            lambda: QUANTIZE_BY_SCALE(self.weight, self._ones[:1], True),
+        ]
+
+
+@contextlib.contextmanager
+def _trials(device: torch.device, dtype: torch.dtype, by_block: bool) -> Iterator[_Trials]:
+    autocast = torch.autocast(device.type, enabled=False)
+    rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with unset_fake_temporarily(), torch.no_grad(), rng, autocast:
+        yield _Trials(device, dtype, by_block)
 
 
 def _measure_current(device: torch.device, dtype: torch.dtype, by_block: bool) -> DeviceRates:
     on_gpu = device.type == "cuda"
-    size = 4096 if on_gpu else 512
-    rows = 8 * size if on_gpu else 2 * size
     seconds = _gpu_seconds if on_gpu else _cpu_seconds
-    autocast = torch.autocast(device.type, enabled=False)
-    with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng([device] if on_gpu else []), autocast:
-        x = torch.randn(rows, size, device=device, dtype=dtype)
-        weight = torch.randn(size, size, device=device, dtype=dtype)
-        small, small_weight = x[:16, :16].contiguous(), weight[:16, :16].contiguous()
-        ones = torch.ones(rows, 1, device=device)
-        others: list[Callable[[], Any]]
-        if by_block:  # sums over the rows, as a weight's gradient does; as many operations
-            rounded, scales = _rounded(x), torch.ones(num_blocks(rows), size, device=device)
-            operands = [rounded.t().contiguous()] * 2
-            others = [lambda: TRANSPOSE(rounded)]
-        else:
-            operands = [_rounded(x), _rounded(weight)]
-            others = [lambda: QUANTIZE_TENSORWISE(weight), lambda: QUANTIZE_BY_SCALE(weight, ones[:1], True)]
-
-        def quantized_matmul(a: torch.Tensor, b: torch.Tensor) -> Any:
-            if by_block:
-                return SCALED_MM_BLOCKWISE(a, b, scales[: num_blocks(a.shape[1])], dtype)
-            return SCALED_MM(a, b, ones, ones[:1], None, dtype)
-
-        def quantize_columns() -> Any:
-            return QUANTIZE_BLOCKWISE_TRANSPOSE(x, ones) if by_block else QUANTIZE_COLUMNWISE_TRANSPOSE(x)
-
-        if on_gpu:  # all of them are compiled at once, those that a model will need next, too
-            ours = [lambda: QUANTIZE_ROWWISE(x), lambda: QUANTIZE_ROWWISE(small), quantize_columns, lambda: quantized_matmul(*operands)]
-            run_together(ours + others, device)
-        quantize = quantize_rowwise_work(rows, size, dtype.itemsize).bytes / seconds(lambda: QUANTIZE_ROWWISE(x))
+    with _trials(device, dtype, by_block) as trials:
+        if on_gpu:
+            wait_for(_compiling.pop(_device_key(device, dtype, by_block), []))
+            run_together(trials.all(), device)
+        rows, size = trials.x.shape
+        quantize = quantize_rowwise_work(rows, size, dtype.itemsize).bytes / seconds(trials.quantize)
         columns_work = quantize_blockwise_transpose_work if by_block else quantize_columnwise_transpose_work
-        kernel = seconds(lambda: QUANTIZE_ROWWISE(small)) * (_AMONG_OTHERS if on_gpu else 1.0)
+        kernel = seconds(trials.quantize_small) * (_AMONG_OTHERS if on_gpu else 1.0)
 
         # What speaks against 8 bit counts.
-        matmul, output = _matmul_rates(lambda a, b: a @ b.t(), (x, weight), seconds, kernel, min)
-        quantized, quantized_output = _matmul_rates(quantized_matmul, operands, seconds, kernel, max)
+        matmul, output = _matmul_rates(lambda a, b: a @ b.t(), (trials.x, trials.weight), seconds, kernel, min)
+        quantized, quantized_output = _matmul_rates(trials.quantized_matmul, trials.quantized, seconds, kernel, max)
         return DeviceRates(
             matmul=matmul,
             output=output,
             quantized_matmul=quantized,
             quantized_output=quantized_output,
             quantize=quantize,
-            quantize_columns=columns_work(rows, size, dtype.itemsize).bytes / seconds(quantize_columns),
-            transpose=transpose_work(rows, size).bytes / seconds(others[0]) if by_block else 0.0,
+            quantize_columns=columns_work(rows, size, dtype.itemsize).bytes / seconds(trials.quantize_columns),
+            transpose=transpose_work(rows, size).bytes / seconds(trials.transpose) if by_block else 0.0,
             kernel=kernel,
-            matmul_call=_host_seconds(lambda: small @ small_weight) if on_gpu else 0.0,
-            quantize_call=_host_seconds(lambda: QUANTIZE_ROWWISE(small)) if on_gpu else 0.0,
+            matmul_call=_host_seconds(lambda: trials.small @ trials.small_weight) if on_gpu else 0.0,
+            quantize_call=_host_seconds(trials.quantize_small) if on_gpu else 0.0,
         )
 
 
@@ -378,7 +462,7 @@ def _rounded(x: torch.Tensor) -> torch.Tensor:
 
 
 def _matmul_rates(
-    matmul: Callable[..., Any],
+    matmul: Callable[..., object],
     operands: Sequence[torch.Tensor],
     seconds: Callable[[Callable[[], object]], float],
     kernel: float,

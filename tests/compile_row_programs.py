@@ -1,26 +1,19 @@
 """Compiles row programs for GPUs that need not be there, and looks for registers that did not suffice."""
 
-import os
 import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NoReturn
-from unittest import mock
 
 import torch
 import triton
 from row_programs import PROGRAMS
-from torch._inductor.async_compile import AsyncCompile, maybe_warm_pool
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import CUDABackend, get_ptxas_version
 from triton.compiler import ASTSource, CompiledKernel
 
-from swcompile.kernels.launch import DeviceFacts
 from swcompile.kernels.row_program import Action, RowProgram, Shape, parse
 from swcompile.kernels.row_program_source import source
-from swcompile.kernels.row_program_triton import MAX_SPILLS, _warm_up, candidates, compile_source, loads_ahead
-from swcompile.kernels.workers import run_for, submit
+from swcompile.kernels.row_program_triton import MAX_SPILLS, candidates, compile_source, loads_ahead
 
 MASKS = """\
 %0: bf16[M, K] = input
@@ -92,49 +85,8 @@ def stack_bytes(compiled: CompiledKernel) -> int:
     return int(found)
 
 
-def start_inductors_processes(folder: str) -> str:
-    """With an assembler of another version, of which they are to make no use; its path."""
-    other = Path(folder, "ptxas")
-    other.write_text("#!/bin/sh\necho Cuda compilation tools, release 1.0, V1.0.0\n")
-    other.chmod(0o755)
-    with mock.patch.dict(os.environ, TRITON_PTXAS_PATH=str(other), TRITON_PTXAS_BLACKWELL_PATH=str(other)):
-        maybe_warm_pool()
-        assert "1.0.0" in get_ptxas_version(90)
-    return str(other)
-
-
-def compile_in_inductors_processes(their_assembler: str) -> None:
-    """What one of them compiles, this process finds; it has its own settings back then."""
-    program, num_columns = parse(PROGRAMS["rms_norm_backward"]), 1280
-    target, facts = GPUTarget("cuda", 90, 32), DeviceFacts("H100", (9, 0), 132, SHARED_MEMORY[90] + 1024)
-    warm_up = _warm_up, program, candidates(program, num_columns)[0], num_columns
-
-    def refuse(*args: object) -> NoReturn:
-        raise AssertionError("it is compiled here")
-
-    AsyncCompile.wait_pool_ready()
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder):
-        elsewhere = submit(*warm_up, True, facts, target=target)
-        assert elsewhere is not None, "there are no such processes"
-        elsewhere.result()
-        settings = {name: value for name, value in os.environ.items() if name.startswith("TRITON_")}
-        with mock.patch.object(CUDABackend, "make_ttir", refuse):
-            run_for(target, settings, *warm_up, True, facts)
-            try:
-                run_for(target, settings, *warm_up, False, facts)
-            except AssertionError as error:
-                assert str(error) == "it is compiled here"
-            else:
-                raise AssertionError("nothing else was compiled there")
-    processes = AsyncCompile.process_pool()
-    for name, theirs in {"TRITON_PTXAS_PATH": their_assembler, "TRITON_CACHE_DIR": os.getenv("TRITON_CACHE_DIR")}.items():
-        assert processes.submit(os.getenv, name).result() == theirs
-
-
 def main() -> None:
     """Every program at a width that models have; the last line that it prints says that all is well."""
-    folder = tempfile.TemporaryDirectory()
-    their_assembler = start_inductors_processes(folder.name)
     for name, num_columns in WIDTHS:
         program = parse(OWN.get(name) or PROGRAMS[name])
         for capability in (80, 90):
@@ -159,7 +111,6 @@ def main() -> None:
         if sums:
             types = {"partial": "*fp32", **sums, "num_programs": "i32"}
             compile_for(90, module.sum_kernel, types, {"K": num_columns, "BLOCK_P": 256, "BLOCK_K": 16, "OVERLAP": True}, num_warps=4)
-    compile_in_inductors_processes(their_assembler)
     print("all compiled")
 
 

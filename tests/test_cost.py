@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import swcompile
 from swcompile import Role, cost
 from swcompile.backend import _dtypes
-from swcompile.cost import DeviceRates, device_rates, rates_fingerprint
+from swcompile.cost import DeviceRates, device_rates, rates_identity
 from swcompile.joint import parameter_names
 from swcompile.kernels import measurements
 
@@ -34,6 +34,7 @@ def file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Where the rates are kept; nothing is known yet."""
     monkeypatch.setattr(cost, "cache_dir", lambda: str(tmp_path))
     monkeypatch.setattr(cost, "_known", {})
+    monkeypatch.setattr(cost, "_identities", {})
     return tmp_path / "swcompile" / "device_rates.json"
 
 
@@ -51,8 +52,14 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     return devices
 
 
-def in_a_new_process() -> DeviceRates:
+def forget() -> None:
+    """As a new process has it."""
     cost._known.clear()
+    cost._identities.clear()
+
+
+def in_a_new_process() -> DeviceRates:
+    forget()
     return device_rates(CPU, torch.float32)
 
 
@@ -65,9 +72,26 @@ def test_measured_once_and_then_read(file: Path, measured: list[torch.device]) -
 
 def test_a_gpu_is_measured_itself_and_others_of_its_model_get_its_rates(measured: list[torch.device]) -> None:
     gpus = [torch.device("cuda", index) for index in (3, 1)]
-    fingerprints = {rates_fingerprint(some, [torch.bfloat16]) for some in (gpus[:1], gpus[1:], gpus)}
-    assert measured == gpus[:1] and len(fingerprints) == 1
-    assert rates_fingerprint([torch.device("meta")], [torch.float32]) == "[]"
+    assert device_rates(gpus[0], torch.bfloat16) is device_rates(gpus[1], torch.bfloat16)
+    assert measured == gpus[:1]
+    assert len({rates_identity(some, [torch.bfloat16]) for some in (gpus[:1], gpus[1:], gpus)}) == 1
+    assert rates_identity([torch.device("meta")], [torch.float32]) == "[]"
+
+
+def test_rates_have_a_name_for_cache_keys_before_they_are_measured(file: Path, measured: list[torch.device]) -> None:
+    def identity() -> str:
+        forget()
+        return rates_identity([CPU], [torch.float32])
+
+    first = identity()
+    assert identity() == first and not measured, "another process, which is faster"
+    device_rates(CPU, torch.float32)
+    assert identity() == first and len(measured) == 1
+    assert in_a_new_process() == dataclasses.replace(RATES, matmul=1) and len(measured) == 1
+    by_block = rates_identity([CPU], [torch.float32], by_block=True)
+    assert first[1:-1] in by_block and by_block != first, "names of both"
+    file.unlink()
+    assert identity() != first, "what is measured now may decide otherwise"
 
 
 def test_the_gpu_that_is_measured_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,18 +151,17 @@ def test_of_two_ranks_that_measure_at_once_both_take_the_first_ones_rates(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measure(device: torch.device, dtype: torch.dtype, by_block: bool) -> DeviceRates:
-        other = {cost._device_key(CPU, torch.float32): dataclasses.asdict(RATES)}
-        file.parent.mkdir()
-        file.write_text(json.dumps(other))  # the other rank is done while this one measures
+        ((key, entry),) = json.loads(file.read_text()).items()
+        file.write_text(json.dumps({key: entry | dataclasses.asdict(RATES)}))  # the other rank is done while this one measures
         return dataclasses.replace(RATES, matmul=7.0)
 
     monkeypatch.setattr(cost, "_measure", measure)
     assert device_rates(CPU, torch.float32) == in_a_new_process() == RATES
 
 
-VALUES = dataclasses.asdict(RATES)
+VALUES = dataclasses.asdict(RATES) | {"identity": "a name"}
 BROKEN: list[Any] = [
-    None, 5, [], {}, {"matmul": 1.0}, VALUES | {"more": 1.0}, VALUES | {"matmul": "fast"}, VALUES | {"matmul": 0.0},
+    None, 5, [], {}, {"matmul": 1.0}, dataclasses.asdict(RATES), VALUES | {"more": 1.0}, VALUES | {"matmul": "fast"}, VALUES | {"matmul": 0.0},
     VALUES | {"kernel": float("nan")},
 ]  # fmt: skip
 
@@ -171,7 +194,7 @@ def test_a_folder_that_cannot_be_used_fails_no_compilation(
         warnings.simplefilter("always")
         for _ in range(2):
             report = swcompile.explain(nn.Linear(32, 8), x, include="*")
-            cost._known.clear()
+            forget()
     assert report.decisions[0].speedup is not None and len(measured) == 2
     assert len([w for w in seen if "device_rates.json cannot be written" in str(w.message)]) == 1
 

@@ -1,0 +1,173 @@
+"""Kernels that are compiled in Inductor's processes are those that this process launches."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from processes import run_program
+from torch._inductor.async_compile import AsyncCompile
+from triton.backends.compiler import GPUTarget
+
+from swcompile.kernels import tuning, workers
+from swcompile.kernels.launch import Launch, Launcher, Plans, is_recording, recording
+from swcompile.kernels.tuning import Tuner, launches_of
+from swcompile.kernels.workers import compile_elsewhere, submit, wait_for
+
+CUDA = torch.device("cuda", 0)
+TARGET = GPUTarget("cuda", 90, 32)
+
+
+def test_this_process_finds_what_another_compiled() -> None:
+    """In a process of its own: the interpreter, where it is on, replaces parts of Triton's language."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    tests = Path(__file__).parent
+    environment["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent / "benchmarks")])
+    command = [sys.executable, "-m", "compile_elsewhere"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["all found"], done.stdout + done.stderr
+
+
+class Kernel:
+    """A stand-in for Triton's, which must not be launched."""
+
+    def fn(self) -> None: ...
+
+
+def launcher(*numbers: int, **constants: int) -> Launcher:
+    return Launcher(Kernel(), (1,), *numbers, **constants)
+
+
+def test_launches_that_are_compiled_alike_are_one() -> None:
+    with recording() as launches:
+        for rows in (32, 64, 48):
+            launcher(rows, 1, 3, 2**31, WIDTH=8)(torch.zeros(rows), None)
+        launcher(33, 1, 3, 2**31, WIDTH=8)(torch.zeros(8), None)
+        launcher(32, 1, 3, 2**31, WIDTH=16)(torch.zeros(8), None)
+        launcher(32, 1, 3, 2**31, WIDTH=8)(torch.zeros(8).bfloat16(), None)
+    assert [launch.arguments for launch in launches.values()] == [
+        (torch.float32, None, 16, 1, 17, 2**31),
+        (torch.float32, None, 17, 1, 17, 2**31),
+        (torch.float32, None, 16, 1, 17, 2**31),
+        (torch.bfloat16, None, 16, 1, 17, 2**31),
+    ]
+    first = next(iter(launches.values()))
+    assert first[:2] == (Kernel.__module__, "fn") and first.options == (("WIDTH", 8),)
+    assert not is_recording()
+
+
+class Config(tuple[int]):
+    def _asdict(self) -> dict[str, int]:
+        return {"width": self[0]}
+
+
+def test_each_candidates_launches_are_gathered_and_nothing_is_decided(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(config: Config) -> None:
+        if config[0] == 2:
+            raise ValueError("does not fit")
+        launcher(WIDTH=config[0])(torch.zeros(8))
+
+    tuner: Tuner[Config] = Tuner("test", [], measure=lambda run: pytest.fail("timed"))
+    monkeypatch.setattr(tuner, "_path", lambda device: tmp_path / "choices.json")
+    plans = Plans(lambda: tuner.choose((16,), lambda: [Config([width]) for width in (1, 2, 3)], run, CUDA))
+
+    def call() -> None:
+        launcher(WIDTH=plans.find([])[0])(torch.zeros(8))
+
+    launches = launches_of([call, call, lambda: 1 / 0])
+    assert [launch.options for launch in launches] == [(("WIDTH", 1),), (("WIDTH", 3),)]
+    assert not tuner._chosen and not plans._known and not (tmp_path / "choices.json").exists()
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[mock.MagicMock]:
+    """A stand-in for Inductor's, which are still to start."""
+    pool = mock.MagicMock()
+    pool.submit.side_effect = lambda *call: Future()
+    monkeypatch.setattr(AsyncCompile, "use_process_pool", lambda: False)
+    monkeypatch.setattr(AsyncCompile, "_ready_future", Future())
+    monkeypatch.setattr(AsyncCompile, "process_pool", lambda: pool)
+    monkeypatch.setattr(torch.cuda, "device", mock.MagicMock())
+    monkeypatch.setattr(workers, "triton", mock.MagicMock())
+    yield pool
+
+
+LAUNCH = Launch("module", "kernel", (torch.float32,), ())
+
+
+def test_nobody_waits_for_processes_that_are_still_to_start(
+    processes: mock.MagicMock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert compile_elsewhere([LAUNCH], CUDA) == [] and not processes.submit.mock_calls
+    (future,) = compile_elsewhere([LAUNCH], CUDA, at_once=False)
+    (call,) = processes.submit.mock_calls
+    assert call.args[3:] == (workers.compile_launch, LAUNCH)
+    wait_for([future])
+    monkeypatch.setattr(AsyncCompile, "use_process_pool", lambda: True)
+    monkeypatch.setattr(workers, "wait", lambda futures: future.set_result(None))
+    assert len(compile_elsewhere([LAUNCH], CUDA)) == 1
+    wait_for([future])
+    assert future.done()
+
+
+def test_without_processes_nothing_is_submitted(processes: mock.MagicMock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AsyncCompile, "_ready_future", None)
+    assert submit(print, target=TARGET) is None and submit(print, target=TARGET, at_once=False) is None
+    assert not processes.submit.mock_calls
+
+
+def test_what_is_compiled_elsewhere_comes_before_what_is_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(tuning, "compile_elsewhere", lambda launches, device: seen.append(launches) or ["futures"])
+    monkeypatch.setattr(tuning, "wait_for", seen.append)
+    monkeypatch.setattr(tuning, "run_together", lambda runs, device: seen.append(len(runs)))
+    tuning.compile_together([lambda: launcher(WIDTH=1)(torch.zeros(8))], CUDA)
+    assert [launch.name for launch in seen[0]] == ["fn"] and seen[1:] == [["futures"], 1]
+
+
+ON_A_GPU = """
+import time, torch, torch._inductor.async_compile as inductor
+from unittest import mock
+from concurrent.futures import wait
+from triton.backends.nvidia.compiler import CUDABackend
+import swcompile
+from swcompile.kernels.tuning import launches_of
+from swcompile.kernels.workers import compile_elsewhere
+
+inductor.maybe_warm_pool()
+ops, device = torch.ops.swcompile, torch.device("cuda", 0)
+x = torch.randn(2048, 1024, device=device, dtype=torch.bfloat16)
+weight = torch.randn(512, 1024, device=device, dtype=torch.bfloat16)
+x_q, scales = torch.empty_like(x, dtype=torch.int8), torch.ones(2048, 1, device=device)
+weight_q, scale = torch.empty_like(weight, dtype=torch.int8), torch.ones(1, 1, device=device)
+calls = [
+    lambda: ops.quantize_rowwise(x), lambda: ops.quantize_tensorwise(weight), lambda: ops.quantize_tensorwise_transpose(weight),
+    lambda: ops.quantize_columnwise_transpose(x), lambda: ops.scaled_mm(x_q, weight_q, scales, scale, None, torch.bfloat16),
+]
+launches = launches_of(calls)
+inductor.AsyncCompile.wait_pool_ready()
+futures = compile_elsewhere(launches, device)
+assert len(futures) == len(launches) > 10
+errors = [error for future in futures if (error := future.exception()) is not None]
+assert not errors, errors
+
+def refuse(*args):
+    raise AssertionError("it is compiled here")
+
+with mock.patch.object(CUDABackend, "make_ttir", refuse):
+    for call in calls:
+        call()
+torch.cuda.synchronize()
+print("all found")
+"""
+
+
+@pytest.mark.gpu
+def test_a_gpus_tuned_kernels_are_those_that_were_compiled_elsewhere(tmp_path: Path) -> None:
+    caches = {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    assert run_program(ON_A_GPU, folder=tmp_path, **caches).splitlines()[-1:] == ["all found"]
