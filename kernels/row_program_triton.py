@@ -27,7 +27,7 @@ from swcompile.kernels.launch import (
 from swcompile.kernels.row_program import POINTWISE, Action, RowProgram, Shape, matrix_size
 from swcompile.kernels.row_program_source import source
 from swcompile.kernels.tuning import run_together
-from swcompile.kernels.workers import submit
+from swcompile.kernels.workers import submit, wait_for
 
 MAX_WARPS_PER_ROW = 16
 MAX_ELEMENTS = 64
@@ -138,7 +138,7 @@ def compile_in_background(program: RowProgram, num_rows: int | None, num_columns
 
     def work() -> None:
         hash_triton()
-        wait(filter(None, elsewhere))  # what is compiled there is found below; if it failed there, it does so here, and shows how
+        wait_for(filter(None, elsewhere))  # what is compiled there is found below
         config = chosen(program, num_columns, device)
         for compiled in _compile(program, config, num_columns, _is_even(num_rows, config), device):
             load(compiled, device)

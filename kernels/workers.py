@@ -5,6 +5,7 @@ generates code meanwhile: each holds the other up.
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
@@ -15,6 +16,7 @@ import torch
 
 from swcompile.kernels.launch import Description, Launch, triton, with_base
 
+_log = logging.getLogger(__name__)
 _SETTINGS = ("TRITON_", "TORCHINDUCTOR_CACHE_DIR")
 """How variables start that decide what Triton compiles, and where it keeps that. Inductor sets one in its processes: they have
 PyTorch's assembler in place of Triton's, and its version is part of Triton's keys.
@@ -22,9 +24,9 @@ PyTorch's assembler in place of Triton's, and its version is part of Triton's ke
 
 
 def submit(
-    function: Callable[..., object], *args: Any, target: Any, at_once: bool = True
+    function: Callable[..., list[Any]], *args: Any, target: Any, at_once: bool = True
 ) -> Future[None] | None:
-    """Call a function that compiles kernels by their `warmup`, in one of Inductor's processes.
+    """Call a function that compiles kernels by their `warmup` and returns them, in one of Inductor's processes.
 
     What it compiles, any process that compiles the same then finds in Triton's cache.
 
@@ -35,13 +37,21 @@ def submit(
         at_once: not if the processes are still to start.
 
     Returns:
-        What is done when the function is; None while Inductor has no such processes, or if it is told to have none.
+        What is done when the function is; None where nobody has started such processes.
     """
     from torch._inductor.async_compile import AsyncCompile  # 2 s to import where Inductor is not
 
-    if not AsyncCompile.use_process_pool() and (at_once or AsyncCompile._ready_future is None):
+    if not _have_started() or (at_once and not AsyncCompile.use_process_pool()):
         return None
     return AsyncCompile.process_pool().submit(run_for, target, _settings(), function, *args)
+
+
+def _have_started() -> bool:
+    """Whether a backend has started the processes. For an op that is called by itself a dozen of them would be too many."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    started: int = AsyncCompile.process_pool.cache_info().currsize
+    return started > 0
 
 
 def _settings() -> dict[str, str]:
@@ -69,18 +79,21 @@ def wait_for(futures: Iterable[Future[None]]) -> None:
     """Wait for what was submitted; while the processes are still to start, this one is faster by itself."""
     from torch._inductor.async_compile import AsyncCompile
 
-    if AsyncCompile.use_process_pool():
-        wait(futures)
+    pending = list(futures)
+    if pending and AsyncCompile.use_process_pool():
+        wait(pending)
+        for error in filter(None, (future.exception() for future in pending)):
+            _log.info("a kernel is compiled in this process, as another one could not: %r", error)
 
 
-def compile_launch(launch: Launch) -> None:
+def compile_launch(launch: Launch) -> list[Any]:
     """Compile a launch's kernel for Triton's current target."""
     kernel = getattr(import_module(launch.module), launch.name)
     arguments = [
         with_base(argument, triton.runtime.jit.MockTensor(argument.dtype)) if isinstance(argument, Description) else argument
         for argument in launch.arguments
     ]
-    kernel.warmup(*arguments, grid=(1,), **dict(launch.options))
+    return [kernel.warmup(*arguments, grid=(1,), **dict(launch.options))]
 
 
 class _NoDevice(NamedTuple):
@@ -98,15 +111,27 @@ class _NoDevice(NamedTuple):
         return 0
 
 
-def run_for(target: Any, settings: Mapping[str, str], function: Callable[..., object], *args: Any) -> None:
-    """Call a function with a GPU model as Triton's current target, whatever GPU is there, and another process's settings."""
+def run_for(target: Any, settings: Mapping[str, str], function: Callable[..., list[Any]], *args: Any) -> None:
+    """Call a function that compiles kernels with a GPU model as Triton's current target, whatever GPU is there, and another
+    process's settings.
+    """
     driver = triton.runtime.driver
     before, driver._active = driver._active, _NoDevice(target)
     try:
         with _set(settings):
-            function(*args)
+            for compiled in function(*args):
+                _make_launcher(compiled)
     finally:
         driver._active = before
+
+
+def _make_launcher(compiled: Any) -> None:
+    """Have Triton 3.6 make what launches a kernel, which takes a C compiler longer than many a kernel takes to compile."""
+    from triton.backends.nvidia import driver
+
+    if hasattr(driver, "make_launcher"):
+        with contextlib.suppress(AssertionError):  # no GPU's driver to link with
+            driver.CudaLauncher(compiled.src, compiled.metadata)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 from unittest import mock
 
 import torch
@@ -69,7 +69,7 @@ def main() -> None:
     their_assembler = start_processes(their_folder.name)
     program, width = parse(PROGRAMS["rms_norm_backward"]), 1280
     warm_up = _warm_up, program, candidates(program, width)[0], width
-    calls: list[tuple[Callable[..., object], object]] = [(compile_launch, launch) for launch in launches()]
+    calls: list[tuple[Callable[..., list[Any]], object]] = [(compile_launch, launch) for launch in launches()]
     AsyncCompile.wait_pool_ready()
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder):
         futures = [submit(*call, target=TARGET) for call in (*calls, (*warm_up, True, FACTS))]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -86,12 +87,12 @@ def test_each_candidates_launches_are_gathered_and_nothing_is_decided(monkeypatc
 
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[mock.MagicMock]:
-    """A stand-in for Inductor's, which are still to start."""
-    pool = mock.MagicMock()
+    """A stand-in for Inductor's, which are about to start."""
+    pool, process_pool = mock.MagicMock(), cache(lambda: pool)
+    process_pool()
     pool.submit.side_effect = lambda *call: Future()
     monkeypatch.setattr(AsyncCompile, "use_process_pool", lambda: False)
-    monkeypatch.setattr(AsyncCompile, "_ready_future", Future())
-    monkeypatch.setattr(AsyncCompile, "process_pool", lambda: pool)
+    monkeypatch.setattr(AsyncCompile, "process_pool", process_pool)
     monkeypatch.setattr(torch.cuda, "device", mock.MagicMock())
     monkeypatch.setattr(workers, "triton", mock.MagicMock())
     yield pool
@@ -101,7 +102,7 @@ LAUNCH = Launch("module", "kernel", (torch.float32,), ())
 
 
 def test_nobody_waits_for_processes_that_are_still_to_start(
-    processes: mock.MagicMock, monkeypatch: pytest.MonkeyPatch
+    processes: mock.MagicMock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert compile_elsewhere([LAUNCH], CUDA) == [] and not processes.submit.mock_calls
     (future,) = compile_elsewhere([LAUNCH], CUDA, at_once=False)
@@ -109,15 +110,17 @@ def test_nobody_waits_for_processes_that_are_still_to_start(
     assert call.args[3:] == (workers.compile_launch, LAUNCH)
     wait_for([future])
     monkeypatch.setattr(AsyncCompile, "use_process_pool", lambda: True)
-    monkeypatch.setattr(workers, "wait", lambda futures: future.set_result(None))
+    monkeypatch.setattr(workers, "wait", lambda futures: future.set_exception(ValueError("in vain")))
     assert len(compile_elsewhere([LAUNCH], CUDA)) == 1
-    wait_for([future])
-    assert future.done()
+    with caplog.at_level("INFO", logger="swcompile"):
+        wait_for([future])
+    assert future.done() and "in vain" in caplog.text
 
 
 def test_without_processes_nothing_is_submitted(processes: mock.MagicMock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AsyncCompile, "_ready_future", None)
-    assert submit(print, target=TARGET) is None and submit(print, target=TARGET, at_once=False) is None
+    monkeypatch.setattr(AsyncCompile, "use_process_pool", lambda: pytest.fail("would start them"))
+    AsyncCompile.process_pool.cache_clear()
+    assert all(submit(workers.compile_launch, LAUNCH, target=TARGET, at_once=at_once) is None for at_once in (True, False))
     assert not processes.submit.mock_calls
 
 
