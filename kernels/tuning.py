@@ -43,6 +43,8 @@ Key = tuple[int, *tuple[Hashable, ...]]
 
 NUM_FINALISTS = 3
 """So many of the fastest candidates are timed once more, which a chance of the first round then cannot decide."""
+_FEW_CALLS, _MORE_CALLS = 5, 11
+"""Of each candidate in the first round, and in the second."""
 
 _num_tunings = 0
 
@@ -57,8 +59,8 @@ def bucket(size: int) -> int:
     return 1 << (size - 1).bit_length() if size > 1 else 1
 
 
-def measure_ms(run: Callable[[], object]) -> float:
-    """Median time of `run` on the current CUDA stream in milliseconds, of a few calls after a warm-up.
+def measure_ms(run: Callable[[], object], num_calls: int = _MORE_CALLS) -> float:
+    """Median time of `run` on the current CUDA stream in milliseconds, of so many calls after a warm-up.
 
     Each call finds the L2 cache full of something else, as a training step leaves it.
     """
@@ -68,7 +70,7 @@ def measure_ms(run: Callable[[], object]) -> float:
         dtype=torch.uint8,
         device="cuda",
     )
-    return statistics.median(intervals_ms([others.zero_, run], 22)[1::2])
+    return statistics.median(intervals_ms([others.zero_, run], 2 * num_calls)[1::2])
 
 
 def run_together(runs: Sequence[Callable[[], object]], device: torch.device) -> None:
@@ -143,7 +145,7 @@ class Tuner(Generic[Config]):
         sources: files whose change makes old choices worthless.
         margin: by what part the fastest has to be faster than one that `candidates` lists before it. The few calls that are
             timed do not heat a GPU up to its power limit; where that limit decides, the order knows more than they do.
-        measure: time of a call, in any unit; replaced in tests.
+        measure: time of a call, in any unit, from so many of them; replaced in tests.
         compile_all: prepares the calls that are to be timed; replaced in tests.
     """
 
@@ -152,7 +154,7 @@ class Tuner(Generic[Config]):
         name: str,
         sources: Sequence[str],
         margin: float = 0.0,
-        measure: Callable[[Callable[[], object]], float] = measure_ms,
+        measure: Callable[[Callable[[], object], int], float] = measure_ms,
         compile_all: Callable[[Sequence[Callable[[], object]], torch.device], object] = compile_together,
     ) -> None:
         self._name = name
@@ -218,13 +220,13 @@ class Tuner(Generic[Config]):
             unfit: Exception | None = None
             for config in candidates:
                 try:
-                    times[config] = self._measure(partial(run, config))
+                    times[config] = self._measure(partial(run, config), _FEW_CALLS)
                 except _resource_errors() as error:  # needs more shared memory or registers than this GPU has
                     unfit = error
             if not times:
                 raise RuntimeError(f"no configuration of {self._name} fits this GPU") from unfit
             finalists = sorted(times, key=times.__getitem__)[:NUM_FINALISTS]
-            final = {config: self._measure(partial(run, config)) for config in finalists}
+            final = {config: self._measure(partial(run, config), _MORE_CALLS) for config in finalists}
             bound = min(final.values()) * (1 + self._margin)
             return next(config for config in candidates if final.get(config, inf) <= bound)
 

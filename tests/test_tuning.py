@@ -45,7 +45,7 @@ class Clock:
         return milliseconds
 
     @staticmethod
-    def measure(run: partial[float]) -> float:
+    def measure(run: partial[float], num_calls: int) -> float:
         return run()
 
 
@@ -265,7 +265,7 @@ def test_kernels_are_compiled_at_once_and_timed_one_by_one():
         seen.append((what, dict(now)))
         now[what] -= 1
 
-    def measure(run: partial[float]) -> float:
+    def measure(run: partial[float], num_calls: int) -> float:
         during("time", 0.005)
         return run()
 

@@ -73,7 +73,7 @@ def test_each_candidates_launches_are_gathered_and_nothing_is_decided(monkeypatc
             raise ValueError("does not fit")
         launcher(WIDTH=config[0])(torch.zeros(8))
 
-    tuner: Tuner[Config] = Tuner("test", [], measure=lambda run: pytest.fail("timed"))
+    tuner: Tuner[Config] = Tuner("test", [], measure=lambda run, num_calls: pytest.fail("timed"))
     monkeypatch.setattr(tuner, "_path", lambda device: tmp_path / "choices.json")
     plans = Plans(lambda: tuner.choose((16,), lambda: [Config([width]) for width in (1, 2, 3)], run, CUDA))
 
