@@ -9,7 +9,9 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
+from functools import cache
 from importlib import import_module
+from pickle import PicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ _SETTINGS = ("TRITON_", "TORCHINDUCTOR_CACHE_DIR")
 """How variables start that decide what Triton compiles, and where it keeps that. Inductor sets one in its processes: they have
 PyTorch's assembler in place of Triton's, and its version is part of Triton's keys.
 """
+_ASSEMBLER = "TRITON_PTXAS"
 
 
 def submit(
@@ -41,9 +44,28 @@ def submit(
     """
     from torch._inductor.async_compile import AsyncCompile  # 2 s to import where Inductor is not
 
-    if not _have_started() or (at_once and not AsyncCompile.use_process_pool()):
+    if _given_up or not _have_started() or (at_once and not AsyncCompile.use_process_pool()):
         return None
-    return AsyncCompile.process_pool().submit(run_for, target, _settings(), function, *args)
+    try:
+        return AsyncCompile.process_pool().submit(run_for, target, _settings_of(target.arch), function, *args)
+    except (RuntimeError, OSError, PicklingError) as error:  # the processes have died, or something is not to be pickled
+        _log.info("Inductor's processes take no kernels of ours: %r", error)
+        return None
+
+
+_given_up: list[str] = []
+"""Why Inductor's processes are left alone from now on."""
+_PATIENCE = 60.0
+"""Seconds that are waited for all kernels of an op. Nobody says so if the processes have died."""
+
+
+@cache
+def _assembler(arch: int) -> dict[str, str]:
+    """Where Triton found the assembler whose version is part of its keys: asked once, while Inductor may set another later."""
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
+    get_ptxas_version(arch)
+    return {name: value for name, value in os.environ.items() if name.startswith(_ASSEMBLER)}
 
 
 def _have_started() -> bool:
@@ -56,6 +78,12 @@ def _have_started() -> bool:
 
 def _settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)}
+
+
+def _settings_of(arch: int) -> dict[str, str]:
+    """What a process needs to compile what this one then finds."""
+    settings = {name: value for name, value in _settings().items() if not name.startswith(_ASSEMBLER)}
+    return settings | _assembler(arch)
 
 
 def compile_elsewhere(launches: Iterable[Launch], device: torch.device, *, at_once: bool = True) -> list[Future[None]]:
@@ -76,14 +104,13 @@ def compile_elsewhere(launches: Iterable[Launch], device: torch.device, *, at_on
 
 
 def wait_for(futures: Iterable[Future[None]]) -> None:
-    """Wait for what was submitted; while the processes are still to start, this one is faster by itself."""
-    from torch._inductor.async_compile import AsyncCompile
-
-    pending = list(futures)
-    if pending and AsyncCompile.use_process_pool():
-        wait(pending)
-        for error in filter(None, (future.exception() for future in pending)):
-            _log.info("a kernel is compiled in this process, as another one could not: %r", error)
+    """Wait for what was submitted, but not for ever: what is not compiled there will be compiled here."""
+    done, pending = wait(list(futures), _PATIENCE)
+    for error in filter(None, (future.exception() for future in done)):
+        _log.info("a kernel is compiled in this process, as another one could not: %r", error)
+    if pending:
+        _given_up.append(f"{len(pending)} kernels took more than {_PATIENCE:g} s")
+        _log.warning("Inductor's processes compile no kernels of ours any more: %s", _given_up[-1])
 
 
 def compile_launch(launch: Launch) -> list[Any]:
@@ -121,6 +148,7 @@ def run_for(target: Any, settings: Mapping[str, str], function: Callable[..., li
         with _set(settings):
             for compiled in function(*args):
                 _make_launcher(compiled)
+                compiled.src.fn.device_caches.clear()  # they know one target and one folder
     finally:
         driver._active = before
 

@@ -134,7 +134,7 @@ def _dtypes(gm: fx.GraphModule, devices: Iterable[torch.device], names: Iterable
     """
     inputs = gm.graph.find_nodes(op="placeholder")
     weights = [inputs[number] for number in names]
-    nodes = [user for weight in weights for user in weight.users if _rank(weight) > 1]
+    nodes = [user for weight in weights for user in weight.users if _rank(weight) > 1 and not _is_lookup(user)]
     for part in gm.modules():
         if isinstance(part, fx.GraphModule):  # the whole, and what is checkpointed
             among = _depending_on(weights, gm.graph) if part is gm else part.graph.nodes
@@ -143,6 +143,10 @@ def _dtypes(gm: fx.GraphModule, devices: Iterable[torch.device], names: Iterable
     found = {value.dtype for value in values if isinstance(value, torch.Tensor)}
     kinds = {device.type for device in devices}
     return found | {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
+
+
+def _is_lookup(node: fx.Node) -> bool:
+    return "embedding" in target_name(node.target)
 
 
 def _depending_on(sources: Iterable[fx.Node], graph: fx.Graph) -> list[fx.Node]:

@@ -303,26 +303,31 @@ def _identity(key: str) -> str:
         file = _rates_file()
         stored = file.read().get(key)
         if not _has_identity(stored):
-            stored = file.add(key, {_IDENTITY: uuid4().hex}, instead_of=stored)
-        _identities[key] = str(stored[_IDENTITY])
+            new = {_IDENTITY: uuid4().hex}
+            stored = file.add(key, new, instead_of=stored)
+            stored = stored if _has_identity(stored) else new
+        _identities[key] = stored[_IDENTITY]
     return _identities[key]
 
 
 def _has_identity(stored: Any) -> bool:
     """Whether an entry is a device's rates, or their name alone."""
-    return isinstance(stored, dict) and (stored.keys() == {_IDENTITY} or _rates_from(stored) is not None)
+    if not isinstance(stored, dict) or not isinstance(stored.get(_IDENTITY), str):
+        return False
+    return len(stored) == 1 or _rates_from(stored) is not None
 
 
 def start_measuring(devices: Iterable[torch.device], dtypes: Iterable[torch.dtype], by_block: bool = False) -> None:
-    """Have the kernels by which GPUs are measured compiled, while a graph is traced, where rates are not known yet."""
+    """Have the kernels by which GPUs are measured compiled, while a graph is traced, if nobody has asked for their rates yet."""
+    known = _rates_file().read()
     for of in _wanted(devices, dtypes, by_block):
         key = _device_key(*of)
-        if of[0].type == "cuda" and key not in _known | _compiling and _rates_from(_rates_file().read().get(key)) is None:
-            with _on(of[0]), _trials(*of) as trials:
-                _compiling[key] = compile_elsewhere(launches_of(trials.all()), of[0], at_once=False)
+        if of[0].type == "cuda" and key not in _identities and not _has_identity(known.get(key)):
+            with contextlib.suppress(torch.OutOfMemoryError), _on(of[0]), _trials(*of) as trials:
+                _compiling.extend(compile_elsewhere(launches_of(trials.all()), of[0], at_once=False))
 
 
-_compiling: dict[str, list[Future[None]]] = {}
+_compiling: list[Future[None]] = []
 
 
 def _wanted(
@@ -421,9 +426,10 @@ class _Trials:
 
 @contextlib.contextmanager
 def _trials(device: torch.device, dtype: torch.dtype, by_block: bool) -> Iterator[_Trials]:
+    """Makes the tensors, where calls are as fast as in a training step: the graph may be in the middle of being compiled."""
     autocast = torch.autocast(device.type, enabled=False)
     rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with unset_fake_temporarily(), torch.no_grad(), rng, autocast:
+    with unset_fake_temporarily(), torch._C._DisablePythonDispatcher(), torch.no_grad(), rng, autocast:
         yield _Trials(device, dtype, by_block)
 
 
@@ -432,7 +438,8 @@ def _measure_current(device: torch.device, dtype: torch.dtype, by_block: bool) -
     seconds = _gpu_seconds if on_gpu else _cpu_seconds
     with _trials(device, dtype, by_block) as trials:
         if on_gpu:
-            wait_for(_compiling.pop(_device_key(device, dtype, by_block), []))
+            wait_for(_compiling)  # those of other rates, too: they keep the host busy
+            _compiling.clear()
             run_together(trials.all(), device)
         rows, size = trials.x.shape
         quantize = quantize_rowwise_work(rows, size, dtype.itemsize).bytes / seconds(trials.quantize)

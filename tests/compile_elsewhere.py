@@ -70,7 +70,7 @@ def main() -> None:
     program, width = parse(PROGRAMS["rms_norm_backward"]), 1280
     warm_up = _warm_up, program, candidates(program, width)[0], width
     calls: list[tuple[Callable[..., list[Any]], object]] = [(compile_launch, launch) for launch in launches()]
-    AsyncCompile.wait_pool_ready()
+    AsyncCompile.wait_pool_ready(timeout=600)
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder):
         futures = [submit(*call, target=TARGET) for call in (*calls, (*warm_up, True, FACTS))]
         for future in futures:
@@ -80,6 +80,10 @@ def main() -> None:
         with mock.patch.object(CUDABackend, "make_ttir", refuse):
             for call in (*calls, (*warm_up, True, FACTS)):
                 run_for(TARGET, settings, *call)
+        with tempfile.TemporaryDirectory() as another:
+            run_for(TARGET, settings | {"TRITON_CACHE_DIR": another}, *calls[0])
+            assert any(Path(another).rglob("*.cubin")), "what was found in one folder is compiled for another"
+        with mock.patch.object(CUDABackend, "make_ttir", refuse):
             try:
                 run_for(TARGET, settings, *warm_up, False, FACTS)
             except AssertionError as error:

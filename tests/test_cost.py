@@ -9,10 +9,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 import swcompile
@@ -94,6 +96,46 @@ def test_rates_have_a_name_for_cache_keys_before_they_are_measured(file: Path, m
     assert identity() != first, "what is measured now may decide otherwise"
 
 
+@pytest.mark.parametrize("graph", ["training", "inference"])
+def test_calls_are_timed_as_they_are_outside_a_compilation(graph: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AOTAutograd keeps the dispatcher in Python while a joint graph's passes run: each call then takes ten times as long."""
+    seen: list[bool] = []
+
+    class Trials(cost._Trials):
+        def __init__(self, *of: Any) -> None:
+            seen.append(torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PythonDispatcher))
+            super().__init__(*of)
+            seen.append(isinstance(self.x, FakeTensor))
+
+    monkeypatch.setattr(cost, "_Trials", Trials)
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)), torch.randn(8, 32)
+    with torch.set_grad_enabled(graph == "training"):
+        torch.compile(model, backend="switchback", options={"include": "*"})(x)
+    assert seen == [False, False]
+
+
+def test_only_the_first_to_ask_for_rates_prepares_them(
+    file: Path, measured: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, started = torch.device("cuda", 0), []
+
+    @contextlib.contextmanager
+    def trials(*of: Any) -> Iterator[Any]:
+        yield mock.MagicMock(all=list)
+
+    monkeypatch.setattr(cost, "_trials", trials)
+    monkeypatch.setattr(cost, "_on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(cost, "compile_elsewhere", lambda launches, device, at_once: started.append(device) or [])
+    for _ in range(2):
+        forget()
+        cost.start_measuring([gpu, CPU], [torch.bfloat16, torch.int64])
+        cost.rates_identity([gpu, CPU], [torch.bfloat16, torch.int64])
+    device_rates(gpu, torch.bfloat16)
+    forget()
+    cost.start_measuring([gpu], [torch.bfloat16])
+    assert started == [gpu] and measured == [gpu]
+
+
 def test_the_gpu_that_is_measured_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     current = [0]
 
@@ -118,9 +160,12 @@ class Cast(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how, self.norm, self.weight = how, nn.LayerNorm(8), nn.Parameter(torch.randn(8, 8))
+        self.words = nn.Embedding(8, 8)
         self.register_buffer("frequencies", torch.randn(8, 8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "embedding":
+            return nn.functional.linear(self.words(x.argmax(-1)).bfloat16(), self.weight.bfloat16())
         if self.how == "rotary":
             angles = self.frequencies @ torch.arange(8.0)[:, None]
             return nn.functional.linear(x, self.weight.bfloat16()) * angles[:, 0].cos().bfloat16()
@@ -131,7 +176,7 @@ class Cast(nn.Module):
         return nn.functional.linear(x, weight.bfloat16())
 
 
-@pytest.mark.parametrize("how", ["cast", "scaled", "turned", "checkpoint", "bfloat16", "rotary"])
+@pytest.mark.parametrize("how", ["cast", "scaled", "turned", "checkpoint", "bfloat16", "rotary", "embedding"])
 def test_rates_are_for_the_dtypes_of_matmuls(how: str) -> None:
     found = []
 
@@ -142,7 +187,7 @@ def test_rates_are_for_the_dtypes_of_matmuls(how: str) -> None:
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)).bfloat16() if how == "bfloat16" else Cast(how)
     torch.compile(model, backend=backend, fullgraph=True)(torch.randn(4, 8, dtype=torch.bfloat16))
     assert torch.bfloat16 in found[0]
-    assert how != "bfloat16" or found[0] == {torch.bfloat16}
+    assert how not in ("bfloat16", "embedding") or found[0] == {torch.bfloat16}
     assert how != "rotary" or model.frequencies.dtype not in found[0]
     assert _dtypes(torch.fx.symbolic_trace(model), [CPU], []) == set(), "a graph that Dynamo has not made"
 

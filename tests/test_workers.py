@@ -5,8 +5,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from pathlib import Path
+from pickle import PicklingError
 from unittest import mock
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from processes import run_program
 from torch._inductor.async_compile import AsyncCompile
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler
 
 from swcompile.kernels import tuning, workers
 from swcompile.kernels.launch import Launch, Launcher, Plans, is_recording, recording
@@ -28,6 +31,7 @@ def test_this_process_finds_what_another_compiled() -> None:
     """In a process of its own: the interpreter, where it is on, replaces parts of Triton's language."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     tests = Path(__file__).parent
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"
     environment["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent / "benchmarks")])
     command = [sys.executable, "-m", "compile_elsewhere"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -95,26 +99,19 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[mock.MagicMock]:
     monkeypatch.setattr(AsyncCompile, "process_pool", process_pool)
     monkeypatch.setattr(torch.cuda, "device", mock.MagicMock())
     monkeypatch.setattr(workers, "triton", mock.MagicMock())
+    monkeypatch.setattr(workers, "_settings_of", lambda arch: {})
+    monkeypatch.setattr(workers, "_given_up", [])
     yield pool
 
 
 LAUNCH = Launch("module", "kernel", (torch.float32,), ())
 
 
-def test_nobody_waits_for_processes_that_are_still_to_start(
-    processes: mock.MagicMock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_processes_that_are_about_to_start_get_work_only_ahead_of_time(processes: mock.MagicMock) -> None:
     assert compile_elsewhere([LAUNCH], CUDA) == [] and not processes.submit.mock_calls
-    (future,) = compile_elsewhere([LAUNCH], CUDA, at_once=False)
+    assert len(compile_elsewhere([LAUNCH], CUDA, at_once=False)) == 1
     (call,) = processes.submit.mock_calls
     assert call.args[3:] == (workers.compile_launch, LAUNCH)
-    wait_for([future])
-    monkeypatch.setattr(AsyncCompile, "use_process_pool", lambda: True)
-    monkeypatch.setattr(workers, "wait", lambda futures: future.set_exception(ValueError("in vain")))
-    assert len(compile_elsewhere([LAUNCH], CUDA)) == 1
-    with caplog.at_level("INFO", logger="swcompile"):
-        wait_for([future])
-    assert future.done() and "in vain" in caplog.text
 
 
 def test_without_processes_nothing_is_submitted(processes: mock.MagicMock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +119,41 @@ def test_without_processes_nothing_is_submitted(processes: mock.MagicMock, monke
     AsyncCompile.process_pool.cache_clear()
     assert all(submit(workers.compile_launch, LAUNCH, target=TARGET, at_once=at_once) is None for at_once in (True, False))
     assert not processes.submit.mock_calls
+
+
+@pytest.mark.parametrize("error", [RuntimeError("closed"), BrokenProcessPool(), PicklingError(), OSError()], ids=repr)
+def test_processes_that_take_nothing_are_done_without(processes: mock.MagicMock, error: Exception) -> None:
+    processes.submit.side_effect = error
+    assert compile_elsewhere([LAUNCH], CUDA, at_once=False) == []
+
+
+def test_what_fails_there_is_compiled_here(processes: mock.MagicMock, caplog: pytest.LogCaptureFixture) -> None:
+    (future,) = compile_elsewhere([LAUNCH], CUDA, at_once=False)
+    future.set_exception(ValueError("in vain"))
+    with caplog.at_level("INFO", logger="swcompile"):
+        wait_for([future])
+    assert "in vain" in caplog.text and not workers._given_up
+
+
+def test_processes_that_never_answer_are_given_up(
+    processes: mock.MagicMock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(workers, "_PATIENCE", 0.01)
+    (future,) = compile_elsewhere([LAUNCH], CUDA, at_once=False)
+    wait_for([future])
+    assert "any more" in caplog.text
+    assert compile_elsewhere([LAUNCH], CUDA, at_once=False) == []
+
+
+def test_they_use_the_assembler_that_this_process_has_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_assembler", cache(workers._assembler.__wrapped__))
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "mine")
+    monkeypatch.setattr(compiler, "get_ptxas_version", lambda arch: "a version")
+    assert workers._settings_of(90)["TRITON_PTXAS_PATH"] == "mine"
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "inductor's")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "another")
+    settings = workers._settings_of(90)
+    assert settings["TRITON_PTXAS_PATH"] == "mine" and settings["TRITON_CACHE_DIR"] == "another"
 
 
 def test_what_is_compiled_elsewhere_comes_before_what_is_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +185,7 @@ calls = [
     lambda: ops.quantize_columnwise_transpose(x), lambda: ops.scaled_mm(x_q, weight_q, scales, scale, None, torch.bfloat16),
 ]
 launches = launches_of(calls)
-inductor.AsyncCompile.wait_pool_ready()
+inductor.AsyncCompile.wait_pool_ready(timeout=600)
 futures = compile_elsewhere(launches, device)
 assert len(futures) == len(launches) > 10
 errors = [error for future in futures if (error := future.exception()) is not None]
@@ -173,4 +205,4 @@ print("all found")
 @pytest.mark.gpu
 def test_a_gpus_tuned_kernels_are_those_that_were_compiled_elsewhere(tmp_path: Path) -> None:
     caches = {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    assert run_program(ON_A_GPU, folder=tmp_path, **caches).splitlines()[-1:] == ["all found"]
+    assert run_program(ON_A_GPU, folder=tmp_path, TORCHINDUCTOR_COMPILE_THREADS="4", **caches).splitlines()[-1:] == ["all found"]
