@@ -8,7 +8,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cache
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch._C._dynamo import guards
@@ -57,6 +57,30 @@ def hash_triton() -> None:
 
     with _hashing:
         triton_key()
+
+
+def settle_key(kernel: Any) -> None:
+    """Make the key by which Triton finds a kernel in its cache the same in every process.
+
+    In Triton 3.6 it depends on which of the functions that the kernel calls were hashed before the kernel itself, and so
+    on what a process has compiled until then, and on chance where threads compile. They are hashed first.
+    """
+    if HAS_TRITON and isinstance(kernel, triton.runtime.jit.JITCallable):
+        with _settling:
+            _hash_callees(kernel, set())
+
+
+_settling = threading.Lock()
+
+
+def _hash_callees(function: Any, seen: set[int]) -> None:
+    """Of the functions by its names; an attribute's name may be that of a function, too, and even its own."""
+    seen.add(id(function))
+    for name in function.fn.__code__.co_names:
+        callee = function.fn.__globals__.get(name)
+        if isinstance(callee, triton.runtime.jit.JITCallable) and callee.hash is None and id(callee) not in seen:
+            _hash_callees(callee, seen)
+            _ = callee.cache_key  # computed when it is first asked for
 
 
 class DeviceFacts(NamedTuple):
@@ -129,7 +153,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     A CUDA device has to be the current one.
     """
     make = _FACTORIES.get(device.type)
-    if make is None:
+    if make is None or is_recording():  # then fake operands have fake results
         return torch.empty(shape, dtype=dtype, device=device)
     strides = [1] * len(shape)
     for i in range(len(shape) - 1, 0, -1):
@@ -159,6 +183,8 @@ class Plans(Generic[Plan]):
 
     def find(self, tensors: Sequence[torch.Tensor | None], *options: Hashable) -> Plan:
         """The plan for a call with these tensors, and whatever else it takes."""
+        if is_recording():  # fake tensors, perhaps, and tuners that do without timing
+            return self._prepare(*tensors, *options)
         key = options, *[
             t if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16) for t in tensors
         ]
@@ -167,7 +193,7 @@ class Plans(Generic[Plan]):
             plan = self._prepare(*tensors, *options)
             if len(self._known) >= MAX_PLANS:
                 self._known.clear()
-            if not (is_capturing() or is_recording()):  # what is prepared then may have had to do without timing
+            if not is_capturing():  # what is prepared then may have had to do without timing
                 self._known[key] = plan
         return plan
 
@@ -175,6 +201,11 @@ class Plans(Generic[Plan]):
 def is_capturing() -> bool:
     """Whether a CUDA graph is being recorded on the current stream."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Of a tensor's memory; while launches are gathered, that of one that is aligned, as most are: it may be fake."""
+    return 0 if is_recording() else tensor.data_ptr()
 
 
 def nothing(*tensors: Any) -> None:
@@ -199,6 +230,12 @@ class Description(NamedTuple):
     kind: Any
     dtype: torch.dtype
     fields: tuple[tuple[str, Any], ...]
+
+    def of_a_block(self) -> "Description":
+        """That of a matrix of one block alone: a kernel is compiled for blocks, whatever the matrix."""
+        fields = dict(self.fields)
+        block = tuple(fields["block_shape"])
+        return self._replace(fields=tuple((fields | {"shape": block, "strides": (*block[1:], 1)}).items()))
 
 
 _recorder = threading.local()
@@ -251,6 +288,7 @@ class Launcher:
             _recorder.launches[str(launch)] = launch
             return
         # Candidates that are tried in threads share kernels: one compiles, the others wait for it.
+        settle_key(self._kernel)
         with _first_calls.setdefault((id(self._kernel), str(self._options)), threading.Lock()):
             compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._options)
         if compiled is not None:  # the interpreter compiles nothing
@@ -259,7 +297,7 @@ class Launcher:
             self._run = compiled[(*self._grid, 1, 1)[:3]]
 
     def _described(self, tensors: Sequence[Any]) -> Launch:
-        arguments = [t if t is None else t.dtype if isinstance(t, torch.Tensor) else describe(t) for t in tensors]
+        arguments = [t if t is None else t.dtype if isinstance(t, torch.Tensor) else describe(t).of_a_block() for t in tensors]
         numbers = [number if number == 1 or number >> 31 else 17 - (number % 16 == 0) for number in self._numbers]
         function = self._kernel.fn
         options = tuple(sorted(self._options.items()))
@@ -279,6 +317,19 @@ def with_base(description: Description, base: Any) -> Any:
     return descriptor
 
 
+class _Aligned:
+    """A tensor that may be fake, for descriptors, which look at its address."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def data_ptr(self) -> int:
+        return address(self._tensor)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tensor, name)
+
+
 class Described:
     """Makes a tensor descriptor for the tensor memory accelerator of each tensor that looks like the first one.
 
@@ -292,6 +343,8 @@ class Described:
 
     def __call__(self, tensor: torch.Tensor) -> Any:
         """The descriptor. A tensor is kept by its own descriptor alone."""
+        if is_recording():
+            return self._make(cast(torch.Tensor, _Aligned(tensor)))
         if self._description is None:
             descriptor = self._make(tensor)
             self._description = describe(descriptor)

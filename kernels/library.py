@@ -14,6 +14,8 @@ import torch
 from swcompile.kernels.launch import require_supported_gpu
 
 LIBRARY = torch.library.Library("swcompile", "DEF")
+LAUNCHERS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+"""What each op does on CUDA, its device being the current one."""
 
 
 class Work(NamedTuple):
@@ -42,7 +44,9 @@ def define_op(
     LIBRARY.impl(name, _without_autocast(reference), "CPU")
     LIBRARY.impl(name, _on_device_of_first_argument(cuda), "CUDA")
     torch.library.register_fake(f"swcompile::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.swcompile, name).default
+    op: torch._ops.OpOverload = getattr(torch.ops.swcompile, name).default
+    LAUNCHERS[op] = cuda
+    return op
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

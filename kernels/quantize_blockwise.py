@@ -27,7 +27,7 @@ from swcompile.kernels.int8 import (
 )
 from swcompile.kernels.launch import Launcher, Plans, empty, nothing, tl, triton
 from swcompile.kernels.library import Work, define_op
-from swcompile.kernels.tuning import Tuner, bucket
+from swcompile.kernels.tuning import Tuner, bucket, worth_trying
 
 
 def quantize_blockwise_transpose(x_NK: torch.Tensor, factor_N1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +103,7 @@ def _prepare(x_NK: torch.Tensor, factor_N1: torch.Tensor) -> Callable[..., None]
         launcher(config, x_NK)(x_NK, factor_N1, *outputs)
 
     key = (bucket(x_NK.shape[0]), x_NK.shape[1], x_NK.dtype)
-    return launcher(TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device), x_NK)
+    return launcher(TUNER.choose(key, lambda: worth_trying(CANDIDATES, x_NK), run, x_NK.device), x_NK)
 
 
 PLANS = Plans(_prepare)

@@ -18,7 +18,7 @@ from swcompile.kernels.int8 import (
 from swcompile.kernels.launch import Launcher, Plans, device_facts, empty, nothing, tl, triton
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.quantize_rowwise import quantize_rowwise_reference, quantize_rowwise_triton
-from swcompile.kernels.tuning import Tuner, bucket
+from swcompile.kernels.tuning import Tuner, bucket, worth_trying
 
 
 def quantize_columnwise_transpose(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +82,7 @@ def _prepare(x_NK: torch.Tensor) -> Callable[..., None]:
         launcher(config, x_NK)(x_NK, *outputs)
 
     key = (bucket(num_rows), num_columns, x_NK.dtype)
-    return launcher(TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device), x_NK)
+    return launcher(TUNER.choose(key, lambda: worth_trying(CANDIDATES, x_NK), run, x_NK.device), x_NK)
 
 
 PLANS = Plans(_prepare)

@@ -19,7 +19,7 @@ from swcompile.kernels.int8 import (
 )
 from swcompile.kernels.launch import Launcher, Plans, device_facts, empty, nothing, tl, triton
 from swcompile.kernels.library import Work, define_op
-from swcompile.kernels.tuning import Tuner, bucket
+from swcompile.kernels.tuning import Tuner, bucket, worth_trying
 
 
 def quantize_rowwise(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +101,7 @@ def _prepare(x_MK: torch.Tensor) -> Callable[..., object] | None:
     def run(config: RowwiseConfig) -> None:
         launcher(config, x_MK)(x_MK, *outputs)
 
-    return launcher(TUNER.choose(key, lambda: candidates(num_columns), run, x_MK.device), x_MK)
+    return launcher(TUNER.choose(key, lambda: worth_trying(candidates(num_columns), x_MK), run, x_MK.device), x_MK)
 
 
 PLANS = Plans(_prepare)

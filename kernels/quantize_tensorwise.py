@@ -25,7 +25,7 @@ from swcompile.kernels.int8 import (
 )
 from swcompile.kernels.launch import Launcher, Plans, device_facts, empty, tl, triton
 from swcompile.kernels.library import Work, define_op
-from swcompile.kernels.tuning import Tuner, bucket
+from swcompile.kernels.tuning import Tuner, bucket, worth_trying
 
 
 def quantize_tensorwise(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,7 +211,7 @@ def _prepare(
         prepared(config)(x_NK, *outputs)
 
     key = (bucket(num_rows), num_columns, x_NK.dtype, same, transposed, knows_scale)
-    return prepared(TUNER.choose(key, lambda: CANDIDATES, run, x_NK.device))
+    return prepared(TUNER.choose(key, lambda: worth_trying(CANDIDATES, x_NK), run, x_NK.device))
 
 
 PLANS = Plans(_prepare)

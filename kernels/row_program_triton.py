@@ -3,10 +3,8 @@
 Shapes: M rows, K features a row.
 """
 
-import os
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from functools import cache, partial
 from itertools import product, takewhile
 from typing import Any, NamedTuple
@@ -19,15 +17,15 @@ from swcompile.kernels.launch import (
     Launcher,
     device_facts,
     empty,
-    hash_triton,
     load,
     resident_programs,
+    settle_key,
     triton,
 )
 from swcompile.kernels.row_program import POINTWISE, Action, RowProgram, Shape, matrix_size
 from swcompile.kernels.row_program_source import source
 from swcompile.kernels.tuning import run_together
-from swcompile.kernels.workers import submit, wait_for
+from swcompile.kernels.workers import prepare, submit, threads, wait_for
 
 MAX_WARPS_PER_ROW = 16
 MAX_ELEMENTS = 64
@@ -110,9 +108,6 @@ def launcher(
     return launch
 
 
-_compilers = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="row program")
-if hasattr(threading, "_register_atexit"):  # a pool's threads else finish all their work before the process ends
-    threading._register_atexit(partial(_compilers.shutdown, wait=False, cancel_futures=True))
 _pending: dict[tuple[RowProgram, int, torch.device], Future[Any]] = {}
 
 
@@ -129,21 +124,19 @@ def compile_in_background(program: RowProgram, num_rows: int | None, num_columns
     if key in _pending:
         return
     facts = device_facts(device)
-    with torch.cuda.device(device):
-        target = triton.runtime.driver.active.get_current_target()  # imports, which is better not done in a thread
+    target = prepare(device)
     elsewhere = []
     for config in _considered(program, num_columns):
-        _kernels(program, config, num_columns, facts)  # and so does this
+        _kernels(program, config, num_columns, facts)  # imports, which is better not done in a thread
         elsewhere.append(submit(_warm_up, program, config, num_columns, _is_even(num_rows, config), facts, target=target))
 
     def work() -> None:
-        hash_triton()
         wait_for(filter(None, elsewhere))  # what is compiled there is found below
         config = chosen(program, num_columns, device)
         for compiled in _compile(program, config, num_columns, _is_even(num_rows, config), device):
             load(compiled, device)
 
-    _pending[key] = _compilers.submit(work)
+    _pending[key] = threads.submit(work)
 
 
 def _is_even(num_rows: int | None, config: RowConfig) -> bool:
@@ -240,6 +233,7 @@ def _warm_up(
 ) -> list[Any]:
     """`_compile` for Triton's current target."""
     kernels = _kernels(program, config, num_columns, facts)
+    settle_key(kernels.row_kernel)
     pointers: list[Any] = []
     pointers += [value.dtype for value in program.inputs]
     for output in program.outputs:

@@ -11,7 +11,7 @@ import torch
 
 from swcompile.kernels import scaled_mm_kernels
 from swcompile.kernels.int8 import BLOCK_ROWS, num_blocks
-from swcompile.kernels.launch import Plans, empty, nothing
+from swcompile.kernels.launch import Plans, address, empty, nothing
 from swcompile.kernels.library import Work, define_op
 from swcompile.kernels.scaled_mm import accumulate, check_dtypes, check_summed, scaled_mm_work
 from swcompile.kernels.scaled_mm_kernels import MARGIN, MatmulConfig, candidates, fits_tma, launcher
@@ -113,7 +113,7 @@ def _prepare(
 
 def _scales_fit_tma(scale_BN: torch.Tensor) -> bool:
     """Whether every row starts at a multiple of 16 bytes: from elsewhere the TMA copies no row, but fails."""
-    return (scale_BN.data_ptr() | 4 * scale_BN.shape[1]) % 16 == 0
+    return (address(scale_BN) | 4 * scale_BN.shape[1]) % 16 == 0
 
 
 PLANS = Plans(_prepare)

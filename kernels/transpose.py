@@ -14,7 +14,7 @@ from swcompile.kernels import int8
 from swcompile.kernels.int8 import padded, store_tile, with_unit_inner_stride
 from swcompile.kernels.launch import Launcher, Plans, empty, nothing, tl, triton
 from swcompile.kernels.library import Work, define_op
-from swcompile.kernels.tuning import Tuner, bucket
+from swcompile.kernels.tuning import Tuner, bucket, worth_trying
 
 
 def transpose(q_NK: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ def _prepare(q_NK: torch.Tensor) -> Callable[..., None]:
         launcher(config, q_NK)(q_NK, out_KP)
 
     key = (bucket(q_NK.shape[0]), q_NK.shape[1])
-    return launcher(TUNER.choose(key, lambda: CANDIDATES, run, q_NK.device), q_NK)
+    return launcher(TUNER.choose(key, lambda: worth_trying(CANDIDATES, q_NK), run, q_NK.device), q_NK)
 
 
 PLANS = Plans(_prepare)
@@ -82,11 +82,11 @@ class TransposeConfig(NamedTuple):
 
 
 CANDIDATES = [
-    TransposeConfig(128, 128, 4),
+    TransposeConfig(64, 128, 4),
     TransposeConfig(128, 128, 8),
+    TransposeConfig(128, 128, 4),
     TransposeConfig(256, 64, 8),
     TransposeConfig(128, 64, 4),
-    TransposeConfig(64, 128, 4),
 ]
 
 

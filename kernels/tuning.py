@@ -20,7 +20,6 @@ from swcompile.kernels.launch import (
     HAS_TRITON,
     Launch,
     device_facts,
-    hash_triton,
     is_capturing,
     is_recording,
     recording,
@@ -28,7 +27,7 @@ from swcompile.kernels.launch import (
 )
 from swcompile.kernels.measurements import MeasurementFile
 from swcompile.kernels.timing import intervals_ms
-from swcompile.kernels.workers import compile_elsewhere, wait_for
+from swcompile.kernels.workers import compile_elsewhere, prepare, wait_for
 
 
 class ConfigLike(Hashable, Protocol):
@@ -59,6 +58,16 @@ def bucket(size: int) -> int:
     return 1 << (size - 1).bit_length() if size > 1 else 1
 
 
+def worth_trying(candidates: Sequence[Config], x: torch.Tensor) -> Sequence[Config]:
+    """Of a kernel that memory holds back: all, or the first alone where it is known to be nearly the fastest.
+
+    On Hopper it is, for 16-bit and 8-bit input of any size (benchmarks/results/kernels_h200.md). To compile and time the
+    others takes longer there than they save.
+    """
+    is_known = x.itemsize <= 2 and device_facts(x.device).capability == (9, 0)
+    return candidates[:1] if is_known else candidates
+
+
 def measure_ms(run: Callable[[], object], num_calls: int = _MORE_CALLS) -> float:
     """Median time of `run` on the current CUDA stream in milliseconds, of so many calls after a warm-up.
 
@@ -78,10 +87,7 @@ def run_together(runs: Sequence[Callable[[], object]], device: torch.device) -> 
 
     Most of a compilation leaves Python's lock to others. What the calls compute is overwritten later.
     """
-    with torch.cuda.device(device):
-        target = triton.runtime.driver.active.get_current_target()  # a C compiler makes the driver that is not in Triton's cache
-    triton.compiler.make_backend(target).hash()  # asks the assembler for its version
-    hash_triton()
+    prepare(device)
     stream = torch.cuda.current_stream(device)  # a thread's own, else, where operands may not be there yet
 
     def attempt(run: Callable[[], object]) -> None:

@@ -1,37 +1,57 @@
-"""Compiling Triton kernels in the processes in which Inductor compiles its own, into the cache on disk.
+"""Compiling Triton kernels beside the thread that needs them: in the processes in which Inductor compiles its own, or in threads.
 
-A thread needs Python's lock for a part of the time that Triton takes to compile a kernel, and so does Inductor, which
-generates code meanwhile: each holds the other up.
+What a process compiles, this one then finds in the cache on disk. A thread needs Python's lock for a part of the time that
+Triton takes to compile a kernel, and so does Inductor, which generates code meanwhile: each holds the other up. But threads are
+there at once, where the processes take seconds to start.
 """
 
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, wait
-from functools import cache
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache, partial
 from importlib import import_module
 from pickle import PicklingError
 from typing import Any, NamedTuple
 
 import torch
 
-from swcompile.kernels.launch import Description, Launch, triton, with_base
+from swcompile.kernels.launch import Description, Launch, hash_triton, load, settle_key, triton, with_base
 
 _log = logging.getLogger(__name__)
 _SETTINGS = ("TRITON_", "TORCHINDUCTOR_CACHE_DIR")
-"""How variables start that decide what Triton compiles, and where it keeps that. Inductor sets one in its processes: they have
-PyTorch's assembler in place of Triton's, and its version is part of Triton's keys.
-"""
+"""How variables start that decide what Triton compiles, and where it keeps that."""
 _ASSEMBLER = "TRITON_PTXAS"
+"""How those start that name the assembler, of which Inductor sets one in its processes: they have PyTorch's in place of Triton's."""
+
+threads = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="kernels")
+if hasattr(threading, "_register_atexit"):  # a pool's threads else finish all their work before the process ends
+    threading._register_atexit(partial(threads.shutdown, wait=False, cancel_futures=True))
+_preparing = threading.Lock()
+
+
+def prepare(device: torch.device) -> Any:
+    """Have ready what takes a second before Triton can compile its first kernel for a GPU.
+
+    That is its driver, which a C compiler makes, its hash of itself, and its assembler's version. Several threads that compile
+    at once would else each do it.
+
+    Returns:
+        Triton's name of the GPU model.
+    """
+    with _preparing, torch.cuda.device(device):
+        target = triton.runtime.driver.active.get_current_target()
+        hash_triton()
+        _assembler(target.arch)
+    return target
 
 
 def submit(
     function: Callable[..., list[Any]], *args: Any, target: Any, at_once: bool = True
 ) -> Future[None] | None:
     """Call a function that compiles kernels by their `warmup` and returns them, in one of Inductor's processes.
-
-    What it compiles, any process that compiles the same then finds in Triton's cache.
 
     Args:
         function: one that a module holds by its name, as its arguments are pickled.
@@ -44,10 +64,10 @@ def submit(
     """
     from torch._inductor.async_compile import AsyncCompile  # 2 s to import where Inductor is not
 
-    if _given_up or not _have_started() or (at_once and not AsyncCompile.use_process_pool()):
+    if not _are_there(at_once):
         return None
     try:
-        return AsyncCompile.process_pool().submit(run_for, target, _settings_of(target.arch), function, *args)
+        return AsyncCompile.process_pool().submit(run_for, target, _settings(), _assembler(target.arch), function, *args)
     except (RuntimeError, OSError, PicklingError) as error:  # the processes have died, or something is not to be pickled
         _log.info("Inductor's processes take no kernels of ours: %r", error)
         return None
@@ -59,35 +79,40 @@ _PATIENCE = 60.0
 """Seconds that are waited for all kernels of an op. Nobody says so if the processes have died."""
 
 
+class Assembler(NamedTuple):
+    """The program whose version is part of Triton's keys."""
+
+    version: str
+    settings: Mapping[str, str]
+    """The variables by which Triton found it."""
+
+
 @cache
-def _assembler(arch: int) -> dict[str, str]:
-    """Where Triton found the assembler whose version is part of its keys: asked once, while Inductor may set another later."""
+def _assembler(arch: int) -> Assembler:
+    """Asked once, before Inductor sets another: Triton itself does so."""
     from triton.backends.nvidia.compiler import get_ptxas_version
 
-    get_ptxas_version(arch)
-    return {name: value for name, value in os.environ.items() if name.startswith(_ASSEMBLER)}
+    version = get_ptxas_version(arch)
+    return Assembler(version, {name: value for name, value in os.environ.items() if name.startswith(_ASSEMBLER)})
 
 
-def _have_started() -> bool:
-    """Whether a backend has started the processes. For an op that is called by itself a dozen of them would be too many."""
+def _are_there(at_once: bool) -> bool:
+    """Whether a backend has started the processes: for an op that is called by itself a dozen of them would be too many."""
     from torch._inductor.async_compile import AsyncCompile
 
-    started: int = AsyncCompile.process_pool.cache_info().currsize
-    return started > 0
+    if _given_up or not AsyncCompile.process_pool.cache_info().currsize:
+        return False
+    ready: bool = not at_once or AsyncCompile.use_process_pool()
+    return ready
 
 
 def _settings() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)}
-
-
-def _settings_of(arch: int) -> dict[str, str]:
-    """What a process needs to compile what this one then finds."""
-    settings = {name: value for name, value in _settings().items() if not name.startswith(_ASSEMBLER)}
-    return settings | _assembler(arch)
+    """What decides what Triton compiles, but for its assembler."""
+    return {name: value for name, value in _variables().items() if not name.startswith(_ASSEMBLER)}
 
 
 def compile_elsewhere(launches: Iterable[Launch], device: torch.device, *, at_once: bool = True) -> list[Future[None]]:
-    """Compile the kernels of some launches in Inductor's processes.
+    """Compile the kernels of some launches in Inductor's processes, each once.
 
     Args:
         launches: gathered by `recording`, on tensors that are aligned, as most are.
@@ -97,25 +122,55 @@ def compile_elsewhere(launches: Iterable[Launch], device: torch.device, *, at_on
     Returns:
         What is done when a kernel is compiled, if it is compiled there; what goes wrong there goes wrong here again.
     """
-    with torch.cuda.device(device):
-        target = triton.runtime.driver.active.get_current_target()
-    found = [submit(compile_launch, launch, target=target, at_once=at_once) for launch in launches]
-    return [future for future in found if future is not None]
+    if not _are_there(at_once):
+        return []
+    target, settings = prepare(device), _settings()
+    keys = {str((launch, target, settings)): launch for launch in launches}
+    for key, launch in keys.items():
+        if key not in _submitted:
+            future = submit(compile_launch, launch, target=target, at_once=at_once)
+            if future is not None:
+                _submitted[key] = future
+    return [_submitted[key] for key in keys if key in _submitted]
+
+
+_submitted: dict[str, Future[None]] = {}
+
+
+def compile_here(launches: Iterable[Launch], device: torch.device) -> list[Future[None]]:
+    """Compile the kernels of some launches in threads, and load them.
+
+    Args:
+        launches: as for `compile_elsewhere`.
+        device: that they are for.
+
+    Returns:
+        What is done when a kernel is.
+    """
+
+    def work(launch: Launch) -> None:
+        prepare(device)
+        with torch.cuda.device(device):
+            for compiled in compile_launch(launch):
+                load(compiled, device)
+
+    return [threads.submit(work, launch) for launch in launches]
 
 
 def wait_for(futures: Iterable[Future[None]]) -> None:
-    """Wait for what was submitted, but not for ever: what is not compiled there will be compiled here."""
+    """Wait for what was submitted, but not for ever: what is not compiled then will be compiled where it is launched."""
     done, pending = wait(list(futures), _PATIENCE)
     for error in filter(None, (future.exception() for future in done)):
-        _log.info("a kernel is compiled in this process, as another one could not: %r", error)
+        _log.info("a kernel is compiled where it is launched, as it could not be before: %r", error)
     if pending:
         _given_up.append(f"{len(pending)} kernels took more than {_PATIENCE:g} s")
-        _log.warning("Inductor's processes compile no kernels of ours any more: %s", _given_up[-1])
+        _log.warning("kernels are compiled where they are launched from now on: %s", _given_up[-1])
 
 
 def compile_launch(launch: Launch) -> list[Any]:
     """Compile a launch's kernel for Triton's current target."""
     kernel = getattr(import_module(launch.module), launch.name)
+    settle_key(kernel)
     arguments = [
         with_base(argument, triton.runtime.jit.MockTensor(argument.dtype)) if isinstance(argument, Description) else argument
         for argument in launch.arguments
@@ -138,14 +193,16 @@ class _NoDevice(NamedTuple):
         return 0
 
 
-def run_for(target: Any, settings: Mapping[str, str], function: Callable[..., list[Any]], *args: Any) -> None:
+def run_for(
+    target: Any, settings: Mapping[str, str], assembler: Assembler, function: Callable[..., list[Any]], *args: Any
+) -> None:
     """Call a function that compiles kernels with a GPU model as Triton's current target, whatever GPU is there, and another
-    process's settings.
+    process's settings and assembler.
     """
     driver = triton.runtime.driver
     before, driver._active = driver._active, _NoDevice(target)
     try:
-        with _set(settings):
+        with _set(settings, assembler):
             for compiled in function(*args):
                 _make_launcher(compiled)
                 compiled.src.fn.device_caches.clear()  # they know one target and one folder
@@ -163,21 +220,25 @@ def _make_launcher(compiled: Any) -> None:
 
 
 @contextlib.contextmanager
-def _set(settings: Mapping[str, str]) -> Iterator[None]:
-    """These, and no others."""
-    from triton.backends.nvidia.compiler import get_ptxas_version  # asks the assembler once
+def _set(settings: Mapping[str, str], assembler: Assembler) -> Iterator[None]:
+    """These settings, and no others, and what the assembler said of its version, which takes half a second to ask."""
+    from triton.backends.nvidia import compiler
 
-    before = _settings()
+    before, ask = _variables(), compiler.get_ptxas_version
     try:
-        _replace(settings)
-        get_ptxas_version.cache_clear()
+        _replace({**settings, **assembler.settings})
+        compiler.get_ptxas_version = lambda arch=80: assembler.version
         yield
     finally:
+        compiler.get_ptxas_version = ask
         _replace(before)
-        get_ptxas_version.cache_clear()
 
 
-def _replace(settings: Mapping[str, str]) -> None:
-    for name in _settings().keys() - settings.keys():
+def _variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)}
+
+
+def _replace(variables: Mapping[str, str]) -> None:
+    for name in _variables().keys() - variables.keys():
         del os.environ[name]
-    os.environ.update(settings)
+    os.environ.update(variables)

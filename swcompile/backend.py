@@ -5,7 +5,6 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from threading import Thread
 from typing import Any
 
 import torch
@@ -25,7 +24,8 @@ from swcompile.joint import (
     read_options,
     trace_joint,
 )
-from swcompile.kernels.launch import hash_triton, require_supported_gpu
+from swcompile.kernels.launch import require_supported_gpu
+from swcompile.kernels.workers import prepare, threads
 from swcompile.passes import joint_passes, post_grad_passes
 from swcompile.pipeline import log, target_name
 from swcompile.recipe import Recipe
@@ -78,7 +78,7 @@ def switchback(
             require_supported_gpu(device.index)
             # As Inductor does, but not before its own first kernel: else the next process looks for some of ours elsewhere.
             os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index))
-            _start_compilers()
+            _start_compilers(device)
     passes = joint_passes(recipe, is_whole=is_whole(gm))
     joint_pass = JointPass(
         passes,
@@ -100,13 +100,13 @@ def switchback(
     return compiled
 
 
-def _start_compilers() -> None:
-    """Start what takes seconds before the first Triton kernel can be compiled, while the graph is traced.
+def _start_compilers(device: torch.device) -> None:
+    """Start what takes seconds before the first kernel can be compiled, while the graph is traced.
 
-    That is Inductor's processes, as its own backend does, and Triton's hash of itself in this one.
+    That is Inductor's processes, as its own backend does, and what Triton finds out in this one.
     """
     maybe_warm_pool()
-    Thread(target=hash_triton).start()
+    threads.submit(prepare, device)
 
 
 def _cost_identity(gm: fx.GraphModule, inputs: Sequence[Any], names: Iterable[int], recipe: Recipe) -> str:

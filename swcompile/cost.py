@@ -45,7 +45,7 @@ from swcompile.kernels.scaled_mm_blockwise import SCALED_MM_BLOCKWISE
 from swcompile.kernels.timing import intervals_ms
 from swcompile.kernels.transpose import TRANSPOSE, transpose_work
 from swcompile.kernels.tuning import bucket, launches_of, run_together
-from swcompile.kernels.workers import compile_elsewhere, wait_for
+from swcompile.kernels.workers import compile_elsewhere, compile_here, wait_for
 from swcompile.pipeline import source_fingerprint
 from swcompile.recipe import GemmFormat, Role, Scaling
 from swcompile.values import unrounded
@@ -318,13 +318,17 @@ def _has_identity(stored: Any) -> bool:
 
 
 def start_measuring(devices: Iterable[torch.device], dtypes: Iterable[torch.dtype], by_block: bool = False) -> None:
-    """Have the kernels by which GPUs are measured compiled, while a graph is traced, if nobody has asked for their rates yet."""
+    """Have the kernels by which GPUs are measured compiled, while a graph is traced, if nobody has asked for their rates yet.
+
+    Where Inductor's processes are still to start, threads are done sooner.
+    """
     known = _rates_file().read()
     for of in _wanted(devices, dtypes, by_block):
         key = _device_key(*of)
         if of[0].type == "cuda" and key not in _identities and not _has_identity(known.get(key)):
             with contextlib.suppress(torch.OutOfMemoryError), _on(of[0]), _trials(*of) as trials:
-                _compiling.extend(compile_elsewhere(launches_of(trials.all()), of[0], at_once=False))
+                launches = launches_of(trials.all())
+                _compiling.extend(compile_elsewhere(launches, of[0]) or compile_here(launches, of[0]))
 
 
 _compiling: list[Future[None]] = []

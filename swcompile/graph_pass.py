@@ -8,6 +8,7 @@ from torch import fx
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from swcompile.ahead import compile_ahead
 from swcompile.pipeline import Pass, pass_identity, run_passes, source_fingerprint
 
 try:
@@ -55,4 +56,12 @@ class GraphPass(CustomGraphPass):
 
 
 class LateGraphPass(GraphPass, CustomInferenceAwareGraphPass):
-    """A `GraphPass` for the hooks behind the partitioner, which tell whether a graph is for inference."""
+    """A `GraphPass` for the hooks behind the partitioner, which tell whether a graph is for inference.
+
+    Afterwards the graph is what will run, and the kernels of its ops start to be compiled.
+    """
+
+    def run(self, graph: fx.Graph) -> None:
+        """Run the passes on a graph, in place."""
+        super().run(graph)
+        compile_ahead(graph)

@@ -18,7 +18,7 @@ from swcompile.kernels.launch import DeviceFacts, Launch, recording
 from swcompile.kernels.row_program import parse
 from swcompile.kernels.row_program_triton import _warm_up, candidates
 from swcompile.kernels.scaled_mm_kernels import MatmulConfig
-from swcompile.kernels.workers import compile_launch, run_for, submit
+from swcompile.kernels.workers import _assembler, _settings, compile_launch, run_for, submit
 
 TARGET = GPUTarget("cuda", 90, 32)
 FACTS = DeviceFacts("H100", (9, 0), 132, 228 * 1024)
@@ -30,13 +30,16 @@ MATMULS = [
 
 
 def start_processes(folder: str) -> str:
-    """Inductor's, with an assembler of another version, of which they are to make no use; its path."""
+    """Inductor's, with another assembler, of which they are to make no use; its path."""
+    assert _assembler(90).version == get_ptxas_version(90)
     other = Path(folder, "ptxas")
     other.write_text("#!/bin/sh\necho Cuda compilation tools, release 1.0, V1.0.0\n")
     other.chmod(0o755)
     with mock.patch.dict(os.environ, TRITON_PTXAS_PATH=str(other), TRITON_PTXAS_BLACKWELL_PATH=str(other)):
         maybe_warm_pool()
-        assert "1.0.0" in get_ptxas_version(90), "asked once, as this process may have done"
+        get_ptxas_version.cache_clear()
+        assert "1.0.0" in get_ptxas_version(90), "what Inductor finds"
+    get_ptxas_version.cache_clear()
     return str(other)
 
 
@@ -76,16 +79,15 @@ def main() -> None:
         for future in futures:
             assert future is not None, "there are no such processes"
             future.result()
-        settings = {name: value for name, value in os.environ.items() if name.startswith("TRITON_")}
         with mock.patch.object(CUDABackend, "make_ttir", refuse):
             for call in (*calls, (*warm_up, True, FACTS)):
-                run_for(TARGET, settings, *call)
+                run_for(TARGET, _settings(), _assembler(90), *call)
         with tempfile.TemporaryDirectory() as another:
-            run_for(TARGET, settings | {"TRITON_CACHE_DIR": another}, *calls[0])
+            run_for(TARGET, _settings() | {"TRITON_CACHE_DIR": another}, _assembler(90), *calls[0])
             assert any(Path(another).rglob("*.cubin")), "what was found in one folder is compiled for another"
         with mock.patch.object(CUDABackend, "make_ttir", refuse):
             try:
-                run_for(TARGET, settings, *warm_up, False, FACTS)
+                run_for(TARGET, _settings(), _assembler(90), *warm_up, False, FACTS)
             except AssertionError as error:
                 assert str(error) == "it is compiled here"
             else:

@@ -70,7 +70,7 @@ def test_processes_that_compile_for_a_gpu_start_first(device: str, monkeypatch: 
         return gm
 
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-    monkeypatch.setattr(backend, "_start_compilers", lambda: seen.append("started"))
+    monkeypatch.setattr(backend, "_start_compilers", lambda device: seen.append("started"))
     monkeypatch.setattr(compile_fx, "compile_fx", compile_nothing)
     model, x = make(device)
     torch.compile(model, backend="switchback", options=EVERY)(x)

@@ -8,7 +8,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -241,8 +240,7 @@ def test_calls_run_in_threads_and_errors_are_left_to_others(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(seen.append(stream)))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(tuning, "hash_triton", lambda: seen.append("hashed"))
-    monkeypatch.setattr(tuning, "triton", MagicMock())
+    monkeypatch.setattr(tuning, "prepare", lambda device: seen.append("prepared"))
     seen: list[str] = []
     both, done = threading.Barrier(2, timeout=30), []
 
@@ -252,7 +250,7 @@ def test_calls_run_in_threads_and_errors_are_left_to_others(monkeypatch):
         raise ValueError
 
     tuning.run_together([partial(call, 1), partial(call, 2)], GPU)
-    assert sorted(done) == [1, 2] and seen == ["hashed"] + [f"the stream of {GPU}"] * 2
+    assert sorted(done) == [1, 2] and seen == ["prepared"] + [f"the stream of {GPU}"] * 2
 
 
 def test_kernels_are_compiled_at_once_and_timed_one_by_one():

@@ -1,0 +1,162 @@
+"""The kernels of a graph's ops are compiled ahead of their first call."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from processes import run_program
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from swcompile import ahead
+from swcompile.graph_pass import LateGraphPass
+from swcompile.kernels import (
+    launch,
+    quantize_columnwise,
+    quantize_rowwise,
+    quantize_tensorwise,
+    scaled_mm_kernels,
+    tuning,
+)
+from swcompile.kernels.launch import DeviceFacts, Launch
+
+ops = torch.ops.swcompile
+GPUS = {"Hopper": DeviceFacts("H100", (9, 0), 132, 228 * 1024), "another": DeviceFacts("L40S", (8, 9), 142, 100 * 1024)}
+A_MATMUL = {"Hopper": {"wgmma_kernel": 2, "_tma_kernel": 0}, "another": {"_pointer_kernel": 6}}
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    x_q, scales = ops.quantize_rowwise(x)
+    weight_q, scale = ops.quantize_tensorwise(weight)
+    return ops.scaled_mm(x_q, weight_q, scales, scale, None, torch.bfloat16)
+
+
+def every_other_op(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
+    x_q, scales = ops.quantize_rowwise(x)
+    weight_q, weight_q_t, scale = ops.quantize_tensorwise_both(weight)
+    a, (b, by_block) = ops.transpose(x_q), ops.quantize_blockwise_transpose(x, scales)
+    return [
+        ops.dequantize(x_q, scales, torch.bfloat16), ops.scaled_mm_blockwise(a, b, by_block, torch.bfloat16),
+        *ops.quantize_columnwise_transpose(x), *ops.quantize_tensorwise_transpose(weight),
+        ops.quantize_by_scale(weight, scale, True), weight_q, weight_q_t,
+    ]  # fmt: skip
+
+
+def trace(function: Callable[..., Any], *, device: str = "cuda", symbolic: bool = False) -> fx.Graph:
+    """Of a function of tokens [32768, 4096] and weights [4096, 4096] and [14336, 4096] in bfloat16, which are nowhere."""
+    sizes = ShapeEnv()
+    rows: Any = 32768
+    if symbolic:
+        source = ConstantSource("rows")
+        rows = sizes.create_symintnode(sizes.create_symbol(rows, source), hint=rows, source=source)
+    with FakeTensorMode(shape_env=sizes):
+        x = torch.empty(rows, 4096, device=device, dtype=torch.bfloat16)
+        weight = torch.empty(4096, 4096, device=device, dtype=torch.bfloat16)
+        wide = torch.empty(14336, 4096, device=device, dtype=torch.bfloat16)
+        return make_fx(function, tracing_mode="real")(x, weight, wide).graph
+
+
+@pytest.fixture(params=GPUS)
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    for module in (launch, quantize_columnwise, quantize_rowwise, quantize_tensorwise, scaled_mm_kernels, tuning):
+        monkeypatch.setattr(module, "device_facts", lambda device: GPUS[request.param])
+    monkeypatch.setattr(scaled_mm_kernels, "has_wgmma", lambda device: request.param == "Hopper")
+    monkeypatch.setattr(tuning.Tuner, "_path", lambda tuner, device: tmp_path / f"{tuner._name}.json")
+    monkeypatch.setattr(torch.cuda, "device", mock.MagicMock())
+    scaled_mm_kernels.candidates.cache_clear()
+    return str(request.param)
+
+
+@pytest.fixture
+def submitted(gpu: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
+    found: list[Launch] = []
+
+    def submit(launches: list[Launch], device: torch.device, *, at_once: bool) -> list[Any]:
+        assert device == torch.device("cuda", 0) and not at_once
+        found.extend(launches)
+        return []
+
+    monkeypatch.setattr(ahead, "compile_elsewhere", submit)
+    yield found
+    scaled_mm_kernels.candidates.cache_clear()
+
+
+def test_each_configuration_that_will_be_tried_is_compiled_once(gpu: str, submitted: list[Launch]) -> None:
+    def three_layers(x: torch.Tensor, weight: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+        return linear(linear(linear(x, weight), weight), wide)  # shapes do not make a kernel another one
+
+    LateGraphPass([], hook="post_grad_custom_post_pass").run(trace(three_layers))
+    names = Counter(found.name for found in submitted)
+    num_tries = 1 if gpu == "Hopper" else 4
+    assert names["_quantize_tiles_kernel"] == num_tries and names["_absmax_kernel"] == 1
+    assert (names["_quantize_rowwise_kernel"] == 1) == (gpu == "Hopper")
+    assert {name: names[name] for name in A_MATMUL[gpu]} == A_MATMUL[gpu]
+
+
+def test_all_ops_are_compiled_ahead(submitted: list[Launch]) -> None:
+    ahead.compile_ahead(trace(every_other_op))
+    names = {found.name.removeprefix("blockwise_") for found in submitted}
+    assert names - {"wgmma_kernel", "_tma_kernel", "_pointer_kernel"} == {
+        "_quantize_rowwise_kernel", "_absmax_kernel", "_quantize_tiles_kernel", "_transpose_kernel",
+        "_quantize_blocks_kernel", "_dequantize_kernel", "_quantize_columns_kernel",
+    }  # fmt: skip
+    assert len(names) > 7
+
+
+def test_nothing_is_compiled_for_a_cpu(submitted: list[Launch]) -> None:
+    ahead.compile_ahead(trace(linear, device="cpu"))
+    assert not submitted
+
+
+def test_ops_of_unknown_sizes_are_left_to_their_first_call(submitted: list[Launch]) -> None:
+    ahead.compile_ahead(trace(linear, symbolic=True))
+    assert {found.name for found in submitted} == {"_absmax_kernel", "_quantize_tiles_kernel"}, "the weight's alone"
+
+
+ON_A_GPU = """
+import torch, torch._inductor.async_compile as inductor
+from concurrent.futures import wait
+from unittest import mock
+from triton.backends.nvidia.compiler import CUDABackend
+from swcompile import ahead
+from swcompile.kernels.workers import compile_elsewhere
+
+seen = []
+
+def and_wait(launches, device, at_once):
+    futures = compile_elsewhere(launches, device, at_once=at_once)
+    assert len(futures) == len(launches)
+    seen.extend(launch.name for launch in launches)
+    assert all(future.exception() is None for future in futures)
+    return futures
+
+def refuse(*args):
+    raise AssertionError("it is compiled here")
+
+inductor.maybe_warm_pool()
+inductor.AsyncCompile.wait_pool_ready(timeout=600)
+device = torch.device("cuda", 0)
+model = torch.nn.Sequential(torch.nn.Linear(1024, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 1024)).to(device, torch.bfloat16)
+x = torch.randn(16384, 1024, device=device, dtype=torch.bfloat16, requires_grad=True)
+with mock.patch.object(ahead, "compile_elsewhere", and_wait), mock.patch.object(CUDABackend, "make_ttir", refuse):
+    torch.compile(model, backend="switchback", options={"include": "*"})(x).sum().backward()
+torch.cuda.synchronize()
+assert {"wgmma_kernel", "_quantize_tiles_kernel"} <= set(seen), seen
+print("all found")
+"""
+
+
+@pytest.mark.gpu
+def test_a_first_step_compiles_no_kernel_in_its_own_process(tmp_path: Path) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("names a kernel for Hopper")
+    caches = {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    done = run_program(ON_A_GPU, folder=tmp_path, TORCHINDUCTOR_COMPILE_THREADS="4", **caches)
+    assert done.splitlines()[-1:] == ["all found"]
