@@ -1,4 +1,4 @@
-"""A tensor as it is, written to memory: Inductor computes what this op takes once, and not again for each reader."""
+"""What Inductor computes once, and not again for each reader: a tensor as it is, written to memory, and sines."""
 
 import torch
 
@@ -21,3 +21,8 @@ MATERIALIZE = define_op(
     cuda=materialize_reference,
     fake=materialize_reference,
 )
+SIN, COS = (
+    define_op(f"{function.__name__}(Tensor x) -> Tensor", reference=function, cuda=function, fake=function)
+    for function in (torch.sin, torch.cos)
+)
+"""By PyTorch's own kernels, which are there: Triton takes seconds to compile sines for each tile that Inductor tries."""

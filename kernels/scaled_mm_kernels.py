@@ -95,7 +95,7 @@ def candidates(
     """What to choose among on a device for a result of this size, or of so many rows at least.
 
     Small tiles are for small results: where each multiprocessor has several of the large ones, they only cost the time to
-    compile them.
+    compile them, and so do other kernels than "wgmma" where it runs.
 
     Args:
         device: where.
@@ -114,7 +114,10 @@ def candidates(
         configs = HOPPER_CANDIDATES if has_wgmma(device) else TMA_CANDIDATES
     many = _MANY_TILES * device_facts(device).num_multiprocessors
     is_large = triton.cdiv(num_rows, 128) * triton.cdiv(num_columns, 128) >= many
-    return [config for config in configs if config.block_m * config.block_n >= 128 * 128 or not is_large]
+    if not is_large:
+        return configs
+    configs = [config for config in configs if config.block_m * config.block_n >= 128 * 128]
+    return [config for config in configs if config.kernel == "wgmma"] or configs
 
 
 _MANY_TILES = 4

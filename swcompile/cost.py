@@ -5,6 +5,7 @@ import dataclasses
 import math
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -23,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from swcompile.graph import Matmul, hint
 from swcompile.kernels.int8 import num_blocks
+from swcompile.kernels.launch import Launch
 from swcompile.kernels.library import Work
 from swcompile.kernels.measurements import MeasurementFile
 from swcompile.kernels.quantize_blockwise import (
@@ -323,12 +325,14 @@ def start_measuring(devices: Iterable[torch.device], dtypes: Iterable[torch.dtyp
     Where Inductor's processes are still to start, threads are done sooner.
     """
     known = _rates_file().read()
+    launches: dict[torch.device, dict[str, Launch]] = defaultdict(dict)
     for of in _wanted(devices, dtypes, by_block):
         key = _device_key(*of)
         if of[0].type == "cuda" and key not in _identities and not _has_identity(known.get(key)):
             with contextlib.suppress(torch.OutOfMemoryError), _on(of[0]), _trials(*of) as trials:
-                launches = launches_of(trials.all())
-                _compiling.extend(compile_elsewhere(launches, of[0]) or compile_here(launches, of[0]))
+                launches[of[0]].update((str(launch), launch) for launch in launches_of(trials.all()))
+    for device, different in launches.items():
+        _compiling.extend(compile_elsewhere(different.values(), device) or compile_here(different.values(), device))
 
 
 _compiling: list[Future[None]] = []

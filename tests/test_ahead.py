@@ -143,10 +143,10 @@ def refuse(*args):
 inductor.maybe_warm_pool()
 inductor.AsyncCompile.wait_pool_ready(timeout=600)
 device = torch.device("cuda", 0)
-model = torch.nn.Sequential(torch.nn.Linear(1024, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 1024)).to(device, torch.bfloat16)
-x = torch.randn(16384, 1024, device=device, dtype=torch.bfloat16, requires_grad=True)
+model = torch.nn.Sequential(torch.nn.Linear(4096, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 4096)).to(device, torch.bfloat16)
+x = torch.randn(16384, 4096, device=device, dtype=torch.bfloat16, requires_grad=True)
 with mock.patch.object(ahead, "compile_elsewhere", and_wait), mock.patch.object(CUDABackend, "make_ttir", refuse):
-    torch.compile(model, backend="switchback", options={"include": "*"})(x).sum().backward()
+    torch.compile(model, backend="switchback", options={"include": "*"})(x).square().mean().backward()
 torch.cuda.synchronize()
 assert {"wgmma_kernel", "_quantize_tiles_kernel"} <= set(seen), seen
 print("all found")

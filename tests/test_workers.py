@@ -226,7 +226,7 @@ calls = [
 launches = launches_of(calls)
 inductor.AsyncCompile.wait_pool_ready(timeout=600)
 futures = compile_elsewhere(launches, device)
-assert len(futures) == len(launches) > 10
+assert len(futures) == len(launches) >= 8
 errors = [error for future in futures if (error := future.exception()) is not None]
 assert not errors, errors
 

@@ -1,17 +1,19 @@
 """Compute the sines and cosines of rotary embeddings once."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from swcompile.kernels.materialize import MATERIALIZE
+from swcompile.kernels.materialize import COS, MATERIALIZE, SIN
 from swcompile.pipeline import PassResult, emit
 from swcompile.values import ALIASES, CASTS, RESHAPES, viewed
 
 aten = torch.ops.aten
-_SINES = {aten.sin.default, aten.cos.default}
+_SINES: dict[Any, torch._ops.OpOverload] = {aten.sin.default: SIN, aten.cos.default: COS}
+"""What computes them in the place of Inductor."""
 _VIEWS = (ALIASES | RESHAPES) - {aten.slice.Tensor, aten.select.int}
 """Of all elements."""
 _JOINED = ALIASES | RESHAPES | CASTS | {aten.cat.default, aten.clone.default}
@@ -31,13 +33,16 @@ def materialize_sines(graph: fx.Graph, *, devices: Sequence[str] = ("cuda",)) ->
 
     After::
 
+        %2: f32[1, 512, 64] = swcompile.cos(%1)
         %3: bf16[1, 512, 64] = prims.convert_element_type(%2, bf16)
         %4: bf16[1, 512, 64] = swcompile.materialize(%3)
         %5: bf16[1, 1, 512, 64] = aten.unsqueeze(%4, 1)
         %6: bf16[8, 32, 512, 64] = aten.mul.Tensor(%0, %5)
 
     Otherwise Inductor computes both again for every head of every sequence (benchmarks/results/train_step_h200.md has
-    what that takes). Changes numerics: a table in 16 bits is rounded, as in eager mode, where Inductor uses its float32.
+    what that takes). The sines themselves are left to PyTorch's kernels: a kernel of Inductor's that computes a table takes
+    3 seconds to compile (benchmarks/results/compile_time.md). Changes numerics: a table in 16 bits is rounded, as in eager
+    mode, where Inductor uses its float32.
 
     Args:
         graph: a forward or backward graph after the partitioner. One without an op of ours stays as it is.
@@ -55,6 +60,9 @@ def materialize_sines(graph: fx.Graph, *, devices: Sequence[str] = ("cuda",)) ->
             written = emit(graph, MATERIALIZE, table, like=table)
         for reader in readers:
             reader.replace_input_with(table, written)
+        for sine in _sines_of(table):
+            assert callable(sine.target)
+            sine.target = _SINES[sine.target]
         result.rewrites += 1
     return result
 
@@ -72,6 +80,18 @@ def _tables(graph: fx.Graph) -> Iterator[fx.Node]:
         known = all(source in alone or statically_known_true(source.meta["val"].numel() == 1) for source in sources)
         if node.target in _SINES or (known and not spread and not alone.isdisjoint(sources)):
             alone.add(node)
+
+
+def _sines_of(table: fx.Node) -> list[fx.Node]:
+    """The sines and cosines, and not what they are of, from which a table is computed."""
+    found, pending = [], [table]
+    while pending:
+        node = pending.pop()
+        if node.target in _SINES:
+            found.append(node)
+        else:
+            pending += node.all_input_nodes
+    return list(dict.fromkeys(found))
 
 
 def _is_pointwise(node: fx.Node) -> bool:
