@@ -48,7 +48,7 @@ HOPPER_CANDIDATES = [
 """The fastest for the shapes of benchmarks/kernel_speed.py on an H200, and smaller tiles for few rows or columns.
 
 At the power limit, which holds a training step back, the first one is 1 to 10 % ahead of the next, whatever a few calls say.
-Tiles of 256 x 128, and the others by "tma", are never the fastest by more than 1 % (benchmarks/results/kernels_h200.md).
+Tiles of 256 x 128, and the others by "tma", are never the fastest by more than 0.2 % (benchmarks/results/kernels_h200.md).
 """
 MARGIN = 0.03
 """What a candidate has to be faster by, in a few calls, than one listed before it."""

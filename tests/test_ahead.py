@@ -121,14 +121,19 @@ def test_ops_of_unknown_sizes_are_left_to_their_first_call(submitted: list[Launc
 
 
 ON_A_GPU = """
-import torch, torch._inductor.async_compile as inductor
-from concurrent.futures import wait
+import re, torch, torch._inductor.async_compile as inductor
 from unittest import mock
 from triton.backends.nvidia.compiler import CUDABackend
 from swcompile import ahead
 from swcompile.kernels.workers import compile_elsewhere
 
-seen = []
+seen, here = [], []
+
+def noted(stage):
+    def run(*args):
+        here.extend(re.findall(r"tt.func public @(\\w+)", " ".join(map(str, args))))
+        return stage(*args)
+    return run
 
 def and_wait(launches, device, at_once):
     futures = compile_elsewhere(launches, device, at_once=at_once)
@@ -137,18 +142,20 @@ def and_wait(launches, device, at_once):
     assert all(future.exception() is None for future in futures)
     return futures
 
-def refuse(*args):
-    raise AssertionError("it is compiled here")
-
 inductor.maybe_warm_pool()
 inductor.AsyncCompile.wait_pool_ready(timeout=600)
 device = torch.device("cuda", 0)
 model = torch.nn.Sequential(torch.nn.Linear(4096, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 4096)).to(device, torch.bfloat16)
 x = torch.randn(16384, 4096, device=device, dtype=torch.bfloat16, requires_grad=True)
-with mock.patch.object(ahead, "compile_elsewhere", and_wait), mock.patch.object(CUDABackend, "make_ttir", refuse):
+to_ttir, from_gluon = staticmethod(noted(CUDABackend.make_ttir)), noted(CUDABackend.gluon_to_ttgir)
+with (
+    mock.patch.object(ahead, "compile_elsewhere", and_wait),
+    mock.patch.object(CUDABackend, "make_ttir", to_ttir), mock.patch.object(CUDABackend, "gluon_to_ttgir", from_gluon),
+):
     torch.compile(model, backend="switchback", options={"include": "*"})(x).square().mean().backward()
 torch.cuda.synchronize()
 assert {"wgmma_kernel", "_quantize_tiles_kernel"} <= set(seen), seen
+assert not [name for name in here if not name.startswith("triton_")], here  # Inductor compiles some of its own here
 print("all found")
 """
 
