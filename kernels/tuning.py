@@ -61,8 +61,8 @@ def bucket(size: int) -> int:
 def worth_trying(candidates: Sequence[Config], x: torch.Tensor) -> Sequence[Config]:
     """Of a kernel that memory holds back: all, or the first alone where it is known to be nearly the fastest.
 
-    On Hopper it is, for 16-bit and 8-bit input of any size (benchmarks/results/kernels_h200.md). To compile and time the
-    others takes longer there than they save.
+    On an H200 it is, up to 4 % for the sizes of benchmarks/results/kernels_h200.md, so it is taken on Hopper for 16-bit and
+    8-bit input: to compile and time the others takes longer there than they save.
     """
     is_known = x.itemsize <= 2 and device_facts(x.device).capability == (9, 0)
     return candidates[:1] if is_known else candidates

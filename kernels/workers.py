@@ -9,9 +9,10 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from pickle import PicklingError
 from typing import Any, NamedTuple
@@ -27,8 +28,16 @@ _ASSEMBLER = "TRITON_PTXAS"
 """How those start that name the assembler, of which Inductor sets one in its processes: they have PyTorch's in place of Triton's."""
 
 threads = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="kernels")
+_exiting = threading.Event()
+
+
+def _leave_off() -> None:
+    _exiting.set()
+    threads.shutdown(wait=False, cancel_futures=True)
+
+
 if hasattr(threading, "_register_atexit"):  # a pool's threads else finish all their work before the process ends
-    threading._register_atexit(partial(threads.shutdown, wait=False, cancel_futures=True))
+    threading._register_atexit(_leave_off)
 _preparing = threading.Lock()
 
 
@@ -76,7 +85,7 @@ def submit(
 _given_up: list[str] = []
 """Why Inductor's processes are left alone from now on."""
 _PATIENCE = 60.0
-"""Seconds that are waited for all kernels of an op. Nobody says so if the processes have died."""
+"""Seconds that are waited for all kernels of an op, or of a device's rates. Nobody says so if the processes have died."""
 
 
 class Assembler(NamedTuple):
@@ -158,13 +167,20 @@ def compile_here(launches: Iterable[Launch], device: torch.device) -> list[Futur
 
 
 def wait_for(futures: Iterable[Future[None]]) -> None:
-    """Wait for what was submitted, but not for ever: what is not compiled then will be compiled where it is launched."""
-    done, pending = wait(list(futures), _PATIENCE)
-    for error in filter(None, (future.exception() for future in done)):
+    """Wait for what Inductor's processes compile, but not for ever, nor when this process is about to end.
+
+    What is not compiled then will be compiled where it is launched.
+    """
+    futures = list(futures)
+    end = time.monotonic() + _PATIENCE
+    pending = set(futures)
+    while pending and time.monotonic() < end and not _exiting.is_set():
+        pending = wait(pending, min(1.0, _PATIENCE)).not_done
+    for error in filter(None, (future.exception() for future in futures if future.done() and not future.cancelled())):
         _log.info("a kernel is compiled where it is launched, as it could not be before: %r", error)
-    if pending:
+    if pending and not _exiting.is_set():
         _given_up.append(f"{len(pending)} kernels took more than {_PATIENCE:g} s")
-        _log.warning("kernels are compiled where they are launched from now on: %s", _given_up[-1])
+        _log.warning("Inductor's processes compile no kernels of ours any more: %s", _given_up[-1])
 
 
 def compile_launch(launch: Launch) -> list[Any]:
@@ -204,8 +220,8 @@ def run_for(
     try:
         with _set(settings, assembler):
             for compiled in function(*args):
-                _make_launcher(compiled)
                 compiled.src.fn.device_caches.clear()  # they know one target and one folder
+                _make_launcher(compiled)
     finally:
         driver._active = before
 
@@ -215,7 +231,7 @@ def _make_launcher(compiled: Any) -> None:
     from triton.backends.nvidia import driver
 
     if hasattr(driver, "make_launcher"):
-        with contextlib.suppress(AssertionError):  # no GPU's driver to link with
+        with contextlib.suppress(Exception):  # no GPU's driver to link with, or no C compiler: whoever launches it sees that
             driver.CudaLauncher(compiled.src, compiled.metadata)
 
 

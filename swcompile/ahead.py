@@ -24,6 +24,7 @@ from swcompile.kernels.scaled_mm_blockwise import SCALED_MM_BLOCKWISE
 from swcompile.kernels.transpose import TRANSPOSE
 from swcompile.kernels.tuning import launches_of
 from swcompile.kernels.workers import compile_elsewhere
+from swcompile.pipeline import log
 
 _OPS = (
     QUANTIZE_ROWWISE,
@@ -44,11 +45,23 @@ _OPS = (
 def compile_ahead(graph: fx.Graph) -> None:
     """Start to compile what a graph's ops will launch on a GPU, each configuration that will be tried included.
 
-    Not where sizes are symbolic. The first call waits for nothing: what is not compiled by then, it compiles.
+    Not where sizes are symbolic. An op whose configurations are timed waits for what was started; another one compiles its
+    kernel itself if it is called before that is done. What goes wrong here goes wrong there again.
 
     Args:
         graph: with fake tensors as its nodes' values.
     """
+    try:
+        for device, calls in _calls(graph).items():
+            with torch.cuda.device(device):
+                launches = launches_of(calls)
+            compile_elsewhere(launches, device, at_once=False)
+    except Exception as error:  # noqa: BLE001 (a step that a compilation can do without)
+        log.info("no kernel is compiled ahead of its first call: %r", error)
+
+
+def _calls(graph: fx.Graph) -> dict[torch.device, list[Callable[[], object]]]:
+    """By GPU, one call of those that look alike."""
     calls: dict[torch.device, dict[str, Callable[[], object]]] = defaultdict(dict)
     for node in (node for op in _OPS for node in graph.find_nodes(op="call_function", target=op)):
         args = fx.map_arg(node.args, lambda source: source.meta["val"])
@@ -57,10 +70,7 @@ def compile_ahead(graph: fx.Graph) -> None:
         if tensors[0].is_cuda and all(isinstance(size, int) for size in sizes):
             looks = [_look(value) for value in args]
             calls[tensors[0].device][str((node.target, looks))] = partial(_call, LAUNCHERS[node.target], args)
-    for device, different in calls.items():
-        with torch.cuda.device(device):
-            launches = launches_of(different.values())
-        compile_elsewhere(launches, device, at_once=False)
+    return {device: list(different.values()) for device, different in calls.items()}
 
 
 def _call(function: Callable[..., object], args: tuple[Any, ...]) -> None:

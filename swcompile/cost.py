@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -326,16 +326,22 @@ def start_measuring(devices: Iterable[torch.device], dtypes: Iterable[torch.dtyp
     """
     known = _rates_file().read()
     launches: dict[torch.device, dict[str, Launch]] = defaultdict(dict)
+    seen: set[str] = set()  # GPUs of one model share a key
     for of in _wanted(devices, dtypes, by_block):
         key = _device_key(*of)
-        if of[0].type == "cuda" and key not in _identities and not _has_identity(known.get(key)):
+        if of[0].type == "cuda" and key not in _identities.keys() | seen and not _has_identity(known.get(key)):
+            seen.add(key)
             with contextlib.suppress(torch.OutOfMemoryError), _on(of[0]), _trials(*of) as trials:
                 launches[of[0]].update((str(launch), launch) for launch in launches_of(trials.all()))
     for device, different in launches.items():
-        _compiling.extend(compile_elsewhere(different.values(), device) or compile_here(different.values(), device))
+        elsewhere = compile_elsewhere(different.values(), device)
+        _compiling.extend(elsewhere)
+        if not elsewhere:
+            _compiling_here.extend(compile_here(different.values(), device))
 
 
 _compiling: list[Future[None]] = []
+_compiling_here: list[Future[None]] = []
 
 
 def _wanted(
@@ -447,7 +453,9 @@ def _measure_current(device: torch.device, dtype: torch.dtype, by_block: bool) -
     with _trials(device, dtype, by_block) as trials:
         if on_gpu:
             wait_for(_compiling)  # those of other rates, too: they keep the host busy
+            wait(_compiling_here)
             _compiling.clear()
+            _compiling_here.clear()
             run_together(trials.all(), device)
         rows, size = trials.x.shape
         quantize = quantize_rowwise_work(rows, size, dtype.itemsize).bytes / seconds(trials.quantize)

@@ -110,6 +110,13 @@ def test_all_ops_are_compiled_ahead(submitted: list[Launch]) -> None:
     assert len(names) > 7
 
 
+def test_what_goes_wrong_is_left_to_the_first_call(gpu: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(ahead, "compile_elsewhere", mock.Mock(side_effect=RuntimeError("no driver")))
+    with caplog.at_level("INFO", logger="swcompile"):
+        ahead.compile_ahead(trace(linear))
+    assert "no driver" in caplog.text
+
+
 def test_nothing_is_compiled_for_a_cpu(submitted: list[Launch]) -> None:
     ahead.compile_ahead(trace(linear, device="cpu"))
     assert not submitted

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -152,13 +153,27 @@ def test_what_fails_there_is_compiled_here(processes: mock.MagicMock, caplog: py
     assert "in vain" in caplog.text and not workers._given_up
 
 
+def test_a_process_that_ends_waits_for_nothing(processes: mock.MagicMock, monkeypatch: pytest.MonkeyPatch) -> None:
+    exiting = threading.Event()
+    monkeypatch.setattr(workers, "_exiting", exiting)
+    threading.Timer(0.1, exiting.set).start()
+    wait_for(compile_elsewhere([LAUNCH], CUDA, at_once=False))
+    assert not workers._given_up
+
+
+def test_a_kernel_that_is_no_longer_compiled_is_not_waited_for(processes: mock.MagicMock) -> None:
+    (future,) = compile_elsewhere([LAUNCH], CUDA, at_once=False)
+    future.cancel()
+    wait_for([future])
+
+
 def test_processes_that_never_answer_are_given_up(
     processes: mock.MagicMock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(workers, "_PATIENCE", 0.01)
     (future,) = compile_elsewhere([LAUNCH], CUDA, at_once=False)
     wait_for([future])
-    assert "from now on" in caplog.text
+    assert "any more" in caplog.text
     assert compile_elsewhere([LAUNCH], CUDA, at_once=False) == []
 
 
@@ -199,6 +214,7 @@ def test_a_kernels_key_does_not_depend_on_what_was_compiled_before() -> None:
             function.hash, function.used_global_vals = None, {}
         for kernel in order:
             settle_key(kernel)
+            assert kernel.hash is None and all(f.hash for f in functions - set(kernels) if f.__name__ in kernel.src)
             _ = kernel.cache_key
         found.add(tuple(kernel.cache_key for kernel in kernels))
     assert len(found) == 1

@@ -1,6 +1,6 @@
 """Compute the sines and cosines of rotary embeddings once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,46 +52,53 @@ def materialize_sines(graph: fx.Graph, *, devices: Sequence[str] = ("cuda",)) ->
     targets = {node.target for node in graph.nodes}
     if not any(isinstance(target, torch._ops.OpOverload) and target.namespace == "swcompile" for target in targets):
         return result
-    for table in dict.fromkeys(_tables(graph)):
-        if table.meta["val"].device.type not in devices:
-            continue
+    alone, tables = _alone_and_tables(graph)
+    tables = [table for table in tables if table.meta["val"].device.type in devices]
+    sines = {sine for table in tables for sine in _sines_of(table, alone)}
+    for table in tables:
         readers = list(table.users)
         with graph.inserting_after(table):
             written = emit(graph, MATERIALIZE, table, like=table)
         for reader in readers:
             reader.replace_input_with(table, written)
-        for sine in _sines_of(table):
-            assert callable(sine.target)
-            sine.target = _SINES[sine.target]
         result.rewrites += 1
+    for sine in sines:
+        sine.target = _SINES[sine.target]
     return result
 
 
-def _tables(graph: fx.Graph) -> Iterator[fx.Node]:
-    """The values, views left aside, that come of sines and cosines alone and are read where something much larger is computed."""
+def _alone_and_tables(graph: fx.Graph) -> tuple[set[fx.Node], list[fx.Node]]:
+    """The values that come of sines and cosines alone; and those of them, views left aside, that are read where something
+    much larger is computed.
+    """
     alone: set[fx.Node] = set()
+    tables: dict[fx.Node, None] = {}
     for node in graph.nodes:
         if not _is_pointwise(node):
             continue
         sources = [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), torch.Tensor)]
         spread = [source for source in sources if source in alone and _is_much_larger(node, source)]
-        for source in spread:
-            yield viewed(source, _VIEWS)
+        tables.update((viewed(source, _VIEWS), None) for source in spread)
         known = all(source in alone or statically_known_true(source.meta["val"].numel() == 1) for source in sources)
         if node.target in _SINES or (known and not spread and not alone.isdisjoint(sources)):
             alone.add(node)
+    return alone, list(tables)
 
 
-def _sines_of(table: fx.Node) -> list[fx.Node]:
-    """The sines and cosines, and not what they are of, from which a table is computed."""
-    found, pending = [], [table]
+def _sines_of(table: fx.Node, alone: set[fx.Node]) -> set[fx.Node]:
+    """The sines and cosines from which a table is computed; not those of which it takes a part alone."""
+    found: set[fx.Node] = set()
+    seen, pending = {table}, [table]
     while pending:
         node = pending.pop()
         if node.target in _SINES:
-            found.append(node)
-        else:
-            pending += node.all_input_nodes
-    return list(dict.fromkeys(found))
+            if statically_known_true(node.meta["val"].numel() <= table.meta["val"].numel()):
+                found.add(node)
+            continue
+        new = alone.intersection(node.all_input_nodes) - seen
+        seen |= new
+        pending += new
+    return found
 
 
 def _is_pointwise(node: fx.Node) -> bool:
