@@ -48,17 +48,6 @@ OLDEST_CAPABILITY = (8, 0)
 """Compute capability from which on Triton's `tl.dot` multiplies int8 on tensor cores."""
 
 
-_hashing = threading.Lock()
-
-
-def hash_triton() -> None:
-    """Have Triton hash its own files, half a second once a process: threads that compile at once would each do it."""
-    from torch._inductor.runtime.triton_compat import triton_key  # 2 s to import where Inductor is not
-
-    with _hashing:
-        triton_key()
-
-
 def settle_key(kernel: Any) -> None:
     """Make the key by which Triton finds a kernel in its cache the same in every process.
 
@@ -238,23 +227,29 @@ class Description(NamedTuple):
         return self._replace(fields=tuple((fields | {"shape": block, "strides": (*block[1:], 1)}).items()))
 
 
-_recorder = threading.local()
+class _Recorder(threading.local):
+    launches: dict[str, Launch] | None = None
+    """Of the class while a thread gathers none: a missing attribute takes ten times as long to find out, in each call of an op."""
+
+
+_recorder = _Recorder()
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[dict[str, Launch]]:
     """Gather what this thread launches for the first time, of each kernel that would be compiled once, and launch nothing."""
     assert not is_recording()
-    _recorder.launches = {}
+    launches: dict[str, Launch] = {}
+    _recorder.launches = launches
     try:
-        yield _recorder.launches
+        yield launches
     finally:
-        del _recorder.launches
+        _recorder.launches = None
 
 
 def is_recording() -> bool:
     """Whether launches are gathered, and nothing is computed."""
-    return hasattr(_recorder, "launches")
+    return _recorder.launches is not None
 
 
 _first_calls: dict[Hashable, threading.Lock] = {}
@@ -283,7 +278,7 @@ class Launcher:
         if self._run is not None:
             self._run(*tensors, *self._rest)
             return
-        if is_recording():
+        if _recorder.launches is not None:
             launch = self._described(tensors)
             _recorder.launches[str(launch)] = launch
             return

@@ -47,7 +47,7 @@ HOPPER_CANDIDATES = [
 ]
 """The fastest for the shapes of benchmarks/kernel_speed.py on an H200, and smaller tiles for few rows or columns.
 
-At the power limit, which holds a training step back, the first one is 1 to 10 % ahead of the next, whatever a few calls say.
+At the power limit, which holds a training step back, the first one is 1 to 11 % ahead of the next, whatever a few calls say.
 Tiles of 256 x 128, and the others by "tma", are never the fastest by more than 0.2 % (benchmarks/results/kernels_h200.md).
 """
 MARGIN = 0.03
@@ -83,8 +83,8 @@ HOPPER_BLOCKWISE_CANDIDATES = [
     MatmulConfig("wgmma", 128, 192, 128, 4, 4, lead=1),
     MatmulConfig("wgmma", 128, 192, 128, 4, 3, lead=1),
 ]
-"""Of 192 columns. For float32 results there is room for three stages. On large results no other kernel came close on an H200, as
-every row of benchmarks/results/kernels_h200.md shows.
+"""Of 192 columns. For float32 results there is room for three stages. On an H200 every large result of
+benchmarks/results/kernels_h200.md took the first one.
 """
 TMA_BLOCKWISE_CANDIDATES = [config for config in TMA_CANDIDATES if _has_room_for_two_sums(config)]
 POINTER_BLOCKWISE_CANDIDATES = [config for config in POINTER_CANDIDATES if _has_room_for_two_sums(config)]

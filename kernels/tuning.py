@@ -99,7 +99,7 @@ def run_together(runs: Sequence[Callable[[], object]], device: torch.device) -> 
 
 
 def launches_of(runs: Iterable[Callable[[], object]]) -> list[Launch]:
-    """What calls would launch that is still to be compiled, each configuration of it that would be tried included."""
+    """What calls would launch, each configuration of it that would be tried included."""
     with recording() as launches:
         for run in runs:
             with contextlib.suppress(Exception):  # whoever calls it sees its error

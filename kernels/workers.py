@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from swcompile.kernels.launch import Description, Launch, hash_triton, load, settle_key, triton, with_base
+from swcompile.kernels.launch import Description, Launch, load, settle_key, triton, with_base
 
 _log = logging.getLogger(__name__)
 _SETTINGS = ("TRITON_", "TORCHINDUCTOR_CACHE_DIR")
@@ -50,9 +50,11 @@ def prepare(device: torch.device) -> Any:
     Returns:
         Triton's name of the GPU model.
     """
+    from torch._inductor.runtime.triton_compat import triton_key  # 2 s to import where Inductor is not
+
     with _preparing, torch.cuda.device(device):
         target = triton.runtime.driver.active.get_current_target()
-        hash_triton()
+        triton_key()
         _assembler(target.arch)
     return target
 

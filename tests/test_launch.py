@@ -5,12 +5,10 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from torch._inductor.runtime import triton_compat
 
 from swcompile.kernels import launch
 from swcompile.kernels.dequantize import dequantize_triton
@@ -38,21 +36,6 @@ def test_calls_that_look_alike_share_a_plan() -> None:
     assert plans.find([first, None], 3) == plans.find([second, None], 3) == "plan 1"
     (call,) = seen
     assert call[0] is first and call[1:] == (None, 3)
-
-
-def test_threads_wait_for_the_one_that_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
-    @cache
-    def triton_key() -> None:
-        begun.append(1)
-        time.sleep(0.05)
-        done.append(1)
-
-    begun: list[int] = []
-    done: list[int] = []
-    monkeypatch.setattr(triton_compat, "triton_key", triton_key)
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(lambda _: launch.hash_triton() or len(done), range(4))) == [1] * 4
-    assert len(begun) == 1
 
 
 LINE = torch.zeros(200)

@@ -4,8 +4,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from itertools import permutations
@@ -18,6 +19,7 @@ import torch
 import triton
 from processes import run_program
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.runtime import triton_compat
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler
 
@@ -46,6 +48,24 @@ def test_this_process_finds_what_another_compiled() -> None:
     command = [sys.executable, "-m", "compile_elsewhere"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1:] == ["all found"], done.stdout + done.stderr
+
+
+def test_threads_wait_for_the_one_that_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    @cache
+    def triton_key() -> None:
+        begun.append(1)
+        time.sleep(0.05)
+        done.append(1)
+
+    begun: list[int] = []
+    done: list[int] = []
+    monkeypatch.setattr(triton_compat, "triton_key", triton_key)
+    monkeypatch.setattr(torch.cuda, "device", mock.MagicMock())
+    monkeypatch.setattr(workers, "triton", mock.MagicMock())
+    monkeypatch.setattr(workers, "_assembler", lambda arch: None)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: workers.prepare(CUDA) and len(done), range(4))) == [1] * 4
+    assert len(begun) == 1
 
 
 class Kernel:
