@@ -186,8 +186,9 @@ def test_candidates():
     for tma_fits in (False, True):
         configs = candidates(device, tma_fits, *small, blockwise=True)
         assert 0 < len(configs) <= 8 and set(configs) <= set(CONFIGS)
-        assert candidates(device, tma_fits, *large, blockwise=True) == [c for c in configs if min(c.block_m, c.block_n) >= 128]
-    assert (candidates(device, True, *large, blockwise=True)[0].kernel == "wgmma") == has_wgmma(device)
+        kernels = {"wgmma"} if tma_fits and has_wgmma(device) else {configs[0].kernel}
+        of_large = [c for c in configs if c.kernel in kernels and min(c.block_m, c.block_n) >= 128]
+        assert candidates(device, tma_fits, *large, blockwise=True) == of_large != []
 
 
 def test_user_errors():
