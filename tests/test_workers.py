@@ -35,7 +35,7 @@ def run_compiled(*arguments: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     tests = Path(__file__).parent
     environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"
-    environment["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent / "benchmarks")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent / "benchmarks"), *sys.path])
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr * (done.returncode != 0)
 
