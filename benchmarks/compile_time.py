@@ -1,19 +1,24 @@
 """Seconds that a model's first step takes (forward, loss, backward), which compiles it: bf16 and each recipe.
 
     python benchmarks/compile_time.py
-    python benchmarks/compile_time.py encoder --recipes switchback
+    python benchmarks/compile_time.py encoder --recipes switchback --cold 1
 
-Every step runs in a process of its own: the first with empty caches (cold), the second with those that the first one filled
-(warm). What our recipes find out once a GPU, its rates and the fastest configuration of each kernel, is part of the first.
+Every step runs in a process of its own, with empty caches (cold) or with those that a cold one filled (warm). Routes take
+turns, and the table has the median of each route's processes: one alone is off by up to a second, as the host has other things
+to do. What our recipes find out once a GPU, its rates and the fastest configuration of each kernel, is part of a cold step.
 Importing libraries and making the model is part of neither, and a small model comes first, unseen, so that the compilers' and
 libraries' files are in memory for all.
 """
 
 import argparse
 import os
+import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
 
@@ -37,23 +42,56 @@ def first_step(workload: str, route: str, caches: str) -> float:
         return time.perf_counter() - start
 
 
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else asking for a GPU is what a forked process cannot do
+_forkserver = get_context("forkserver")
+"""Forks processes from one that has imported what is listed and has not touched the GPU."""
+_forkserver.set_forkserver_preload(["swcompile", "transformers", "timm"])
+
+
 def in_a_process(*args: str) -> float:
     """`first_step` in a new process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=_forkserver) as pool:
         return pool.submit(first_step, *args).result()
 
 
-def measure(workload: str, routes: list[str]) -> list[dict[str, Any]]:
-    """One row a route: seconds, and times as long as bf16, cold and warm."""
-    rows: list[dict[str, Any]] = []
-    for route in routes:
-        row: dict[str, Any] = {"route": route}
-        with tempfile.TemporaryDirectory() as caches:
-            for name in ("cold", "warm"):
-                row[f"{name} s"] = in_a_process(workload, route, caches)
-                row[f"{name} ratio"] = row[f"{name} s"] / (rows or [row])[0][f"{name} s"]
-        rows.append(row)
-    return rows
+@contextmanager
+def _new_folder() -> Iterator[str]:
+    """Removed at the end, if Inductor's processes, which may outlive the one that started them, are done with it."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def measure(workload: str, routes: list[str], num_cold: int, num_warm: int) -> list[dict[str, Any]]:
+    """One row a route: seconds, and times as long as the first route, cold and warm.
+
+    Args:
+        workload: name of what compiles.
+        routes: names of how.
+        num_cold: processes a route with empty caches, at least one, each of which has a folder of its own.
+        num_warm: processes a route with the caches that its last cold one filled.
+    """
+    seconds: dict[tuple[str, str], list[float]] = {}
+
+    def add(kind: str, route: str, caches: str) -> None:
+        seconds.setdefault((kind, route), []).append(in_a_process(workload, route, caches))
+        print(f"{workload}, {route}, {kind}: {seconds[kind, route][-1]:.1f} s", file=sys.stderr, flush=True)
+
+    for _ in range(num_cold - 1):
+        for route in routes:
+            with _new_folder() as caches:
+                add("cold", route, caches)
+    with _new_folder() as folder:
+        caches_of = {route: f"{folder}/{number}" for number, route in enumerate(routes)}
+        for kind in ["cold"] + ["warm"] * num_warm:
+            for route in routes:
+                add(kind, route, caches_of[route])
+    median = {key: statistics.median(values) for key, values in seconds.items()}
+    return [
+        {"route": route}
+        | {f"{kind} s": median[kind, route] for kind in ("cold", "warm")}
+        | {f"{kind} ratio": median[kind, route] / median[kind, routes[0]] for kind in ("cold", "warm")}
+        for route in routes
+    ]
 
 
 def main() -> None:
@@ -62,15 +100,19 @@ def main() -> None:
     parser.add_argument(
         "--recipes", nargs="+", default=["switchback", "switchback_full"], choices=list(swcompile.RECIPES)
     )
+    parser.add_argument("--cold", type=int, default=3, help="processes a route with empty caches (default: 3)")
+    parser.add_argument("--warm", type=int, default=5, help="and with filled ones (default: 5)")
     parser.add_argument("--output", help="also write the tables to this markdown file")
     args = parser.parse_args()
+    if min(args.cold, args.warm) < 1:
+        parser.error("--cold and --warm are 1 or more")
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
-    measure("mlp", args.recipes[:1])
+    measure("mlp", args.recipes[:1], 1, 1)
     columns = {"route": "", "cold s": ".1f", "cold ratio": ".2f", "warm s": ".1f", "warm ratio": ".2f"}
     text = [header("First step, which compiles")]
     for name in args.workloads:
-        text.append(f"## {name}\n\n{markdown_table(measure(name, [BASELINE, *args.recipes]), columns)}")
+        text.append(f"## {name}\n\n{markdown_table(measure(name, [BASELINE, *args.recipes], args.cold, args.warm), columns)}")
         print(text[-1], flush=True)
     write(text, args.output)
 
