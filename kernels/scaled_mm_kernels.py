@@ -7,7 +7,6 @@ Shapes: M rows of A, N rows of B, K the summed dimension.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -48,6 +47,7 @@ HOPPER_CANDIDATES = [
 """The fastest for the shapes of benchmarks/kernel_speed.py on an H200, and smaller tiles for few rows or columns.
 
 At the power limit, which holds a training step back, the first one is 1 to 11 % ahead of the next, whatever a few calls say.
+It has no room for the tiles of a float32 result.
 Tiles of 256 x 128, and the others by "tma", are never the fastest by more than 0.2 % (benchmarks/results/kernels_h200.md).
 """
 MARGIN = 0.03
@@ -90,20 +90,27 @@ TMA_BLOCKWISE_CANDIDATES = [config for config in TMA_CANDIDATES if _has_room_for
 POINTER_BLOCKWISE_CANDIDATES = [config for config in POINTER_CANDIDATES if _has_room_for_two_sums(config)]
 
 
-@cache
 def candidates(
-    device: torch.device, tma_fits: bool, num_rows: int, num_columns: int, *, blockwise: bool = False
+    device: torch.device,
+    tma_fits: bool,
+    num_rows: int,
+    num_columns: int,
+    out_dtype: torch.dtype,
+    *,
+    blockwise: bool = False,
 ) -> list[MatmulConfig]:
     """What to choose among on a device for a result of this size, or of so many rows at least.
 
     Small tiles are for small results: where each multiprocessor has several of the large ones, they only cost the time to
-    compile them, and so do other kernels than "wgmma" where it runs.
+    compile them, and so do other kernels than "wgmma" where it runs. Where each has many, the last of which then hardly
+    counts, the first configuration is the fastest at the power limit, which a few calls do not show: it is taken untimed.
 
     Args:
         device: where.
         tma_fits: the answer of `fits_tma` for the operands.
         num_rows: M.
         num_columns: N.
+        out_dtype: of the result.
         blockwise: for `scaled_mm_blockwise`.
     """
     if blockwise:
@@ -114,16 +121,37 @@ def candidates(
         configs = POINTER_CANDIDATES
     else:
         configs = HOPPER_CANDIDATES if has_wgmma(device) else TMA_CANDIDATES
-    many = _MANY_TILES * device_facts(device).num_multiprocessors
-    is_large = triton.cdiv(num_rows, 128) * triton.cdiv(num_columns, 128) >= many
-    if not is_large:
+    facts = device_facts(device)
+    room = facts.shared_memory - 1024  # of which CUDA has 1 KiB
+    configs = [
+        config
+        for config in configs
+        if config.kernel != "wgmma" or wgmma_bytes(config, out_dtype.itemsize, blockwise=blockwise) <= room
+    ]
+
+    def tiles_each(block_m: int, block_n: int) -> float:
+        return triton.cdiv(num_rows, block_m) * triton.cdiv(num_columns, block_n) / facts.num_multiprocessors
+
+    if tiles_each(128, 128) < _SEVERAL_TILES:
         return configs
-    configs = [config for config in configs if config.block_m * config.block_n >= 128 * 128]
-    return [config for config in configs if config.kernel == "wgmma"] or configs
+    large = [config for config in configs if config.block_m * config.block_n >= 128 * 128]
+    by_wgmma = [config for config in large if config.kernel == "wgmma"]
+    if by_wgmma and tiles_each(by_wgmma[0].block_m, by_wgmma[0].block_n) >= _MANY_TILES:
+        return by_wgmma[:1]
+    return by_wgmma or large
 
 
-_MANY_TILES = 4
+_SEVERAL_TILES = 4
 """Of 128 x 128 for a multiprocessor, of which two each are one of the large ones."""
+_MANY_TILES = 7
+"""Of the first configuration's for a multiprocessor."""
+
+
+def wgmma_bytes(config: MatmulConfig, out_itemsize: int, *, blockwise: bool) -> int:
+    """Shared memory that a program of the kernel "wgmma" takes, but for its barriers, which are less than 1 KiB."""
+    operands = config.num_stages * (config.block_m + config.block_n) * config.block_k
+    scales = 4 * (config.num_stages + 1) * config.block_n if blockwise else 0
+    return operands + scales + config.block_m * config.block_n // config.num_stores * out_itemsize
 
 
 def has_wgmma(device: torch.device) -> bool:

@@ -9,10 +9,15 @@ import torch
 
 pytest.importorskip("triton")
 
+from swcompile.kernels import scaled_mm_kernels
+from swcompile.kernels.launch import DeviceFacts
 from swcompile.kernels.scaled_mm_kernels import (
+    HOPPER_BLOCKWISE_CANDIDATES,
     HOPPER_CANDIDATES,
     POINTER_CANDIDATES,
+    TMA_BLOCKWISE_CANDIDATES,
     TMA_CANDIDATES,
+    MatmulConfig,
     candidates,
     fits_tma,
     has_wgmma,
@@ -21,15 +26,36 @@ from swcompile.kernels.scaled_mm_kernels import (
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
+HOPPER = DeviceFacts("H100", (9, 0), 132, 228 * 1024)
+
+
 def test_candidates():
     assert all(0 < len(configs) <= 8 for configs in (HOPPER_CANDIDATES, TMA_CANDIDATES, POINTER_CANDIDATES))
-    small, large = ((64, 64), (65536, 4096))
+    small, large = (64, 64, torch.bfloat16), (65536, 4096, torch.bfloat16)
     assert candidates(DEVICE, False, *small) == POINTER_CANDIDATES
     assert candidates(DEVICE, True, *small) == (HOPPER_CANDIDATES if has_wgmma(DEVICE) else TMA_CANDIDATES)
     for tma_fits in (False, True):
         kept = candidates(DEVICE, tma_fits, *large)
+        of_large = [c for c in candidates(DEVICE, tma_fits, *small) if min(c.block_m, c.block_n) >= 128]
         assert 0 < len(kept) < len(candidates(DEVICE, tma_fits, *small))
-        assert kept == [c for c in candidates(DEVICE, tma_fits, *small) if min(c.block_m, c.block_n) >= 128]
+        assert kept == (of_large[:1] if kept[0].kernel == "wgmma" else of_large)
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_candidates_on_hopper(monkeypatch: pytest.MonkeyPatch, blockwise: bool):
+    monkeypatch.setattr(scaled_mm_kernels, "device_facts", lambda device: HOPPER)
+    monkeypatch.setattr(scaled_mm_kernels, "has_wgmma", lambda device: True)
+
+    def offered(*size: int, dtype: torch.dtype = torch.bfloat16) -> list[MatmulConfig]:
+        return candidates(torch.device("cuda"), True, *size, dtype, blockwise=blockwise)
+
+    first, second, *others = HOPPER_BLOCKWISE_CANDIDATES if blockwise else HOPPER_CANDIDATES
+    others += TMA_BLOCKWISE_CANDIDATES if blockwise else []
+    assert offered(64, 64) == [first, second, *others]
+    assert offered(64, 64, dtype=torch.float32) == [second, *others], "tiles of float32 take more shared memory"
+    assert offered(8192, 1280) == [first, second], "a few tiles each: which is faster depends on how many the last round has"
+    assert offered(8192, 4096) == [first], "many: the fastest at the power limit, which a few calls do not show"
+    assert offered(8192, 4096, dtype=torch.float32) == [second]
 
 
 def test_tma_wants_multiples_of_16_bytes():
@@ -57,7 +83,7 @@ constants = dict(
     BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, STAGES=config.num_stages, GROUP=config.group_m,
     NUM_STORES=config.num_stores, LEAD=config.lead, HAS_BIAS=True, PER_COLUMN=True,
 )
-instructions = ["m64n128k32.s32.s8.s8"]
+blockwise, instructions = False, ["m64n128k32.s32.s8.s8"]
 rows, ROW_LAYOUT = {}, None
 """
 BLOCKWISE = """
@@ -71,12 +97,13 @@ for side, columns in zip(("left", "right"), columns_of(config)):
     blocks[f"{side}_out_desc"] = "bf16", 2, config.block_m // 2, columns
 rows = dict(zip(("scale_left_desc", "scale_right_desc"), columns_of(config)))
 constants = constants_of(config)
-instructions = ["m64n128k32.s32.s8.s8", "m64n64k32.s32.s8.s8"]
+blockwise, instructions = True, ["m64n128k32.s32.s8.s8", "m64n64k32.s32.s8.s8"]
 """
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
+from swcompile.kernels.scaled_mm_kernels import wgmma_bytes
 from swcompile.kernels.scaled_mm_wgmma import layout_of
 
 signature = {
@@ -94,6 +121,8 @@ source = GluonASTSource(
 )
 kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, enable_fp_fusion=False))
 assert kernel.metadata.shared <= 232448, kernel.metadata.shared
+barriers = kernel.metadata.shared - wgmma_bytes(config, 2, blockwise=blockwise)
+assert 0 < barriers < 1024, barriers
 ptx = kernel.asm["ptx"]
 assert all(f"wgmma.mma_async.sync.aligned.{instruction}" in ptx for instruction in instructions)
 in_flight = len(instructions)
