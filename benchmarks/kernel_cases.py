@@ -278,6 +278,6 @@ def _matmul_case(module: Any, op: str, shape: str, operands: Callable[[], tuple[
         operands=sets,
         run=getattr(torch.ops.swcompile, op).default,
         tuner=module.TUNER,
-        candidates=candidates(out.device, fits_tma(*sets[0][:2], out), 1, 1, out.dtype, blockwise=blockwise),  # all
+        candidates=candidates(out.device, fits_tma(*sets[0][:2], out), 1, 1, 1, out.dtype, blockwise=blockwise),  # all
         launch=partial(_launch_matmul, out=out, blockwise=blockwise),
     )

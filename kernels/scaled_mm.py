@@ -130,8 +130,8 @@ def _prepare(
     flags = (bias_N is not None, scale_b.numel() > 1, tma_fits)
     key = (bucket(num_rows), num_columns, num_summed, out_dtype, *flags)
     device = a_q_MK.device
-    at_least = bucket(num_rows) // 2
-    config = TUNER.choose(key, lambda: candidates(device, tma_fits, at_least, num_columns, out_dtype), run, device)
+    size = bucket(num_rows) // 2, num_columns, num_summed
+    config = TUNER.choose(key, lambda: candidates(device, tma_fits, *size, out_dtype), run, device)
     return launcher(config, *operands, out_MN)
 
 

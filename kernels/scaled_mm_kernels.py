@@ -95,6 +95,7 @@ def candidates(
     tma_fits: bool,
     num_rows: int,
     num_columns: int,
+    num_summed: int,
     out_dtype: torch.dtype,
     *,
     blockwise: bool = False,
@@ -103,13 +104,15 @@ def candidates(
 
     Small tiles are for small results: where each multiprocessor has several of the large ones, they only cost the time to
     compile them, and so do other kernels than "wgmma" where it runs. Where each has many, the last of which then hardly
-    counts, the first configuration is the fastest at the power limit, which a few calls do not show: it is taken untimed.
+    counts, of long sums, which memory does not hold back, the first configuration is the fastest at the power limit. A few
+    calls do not show that: it is taken untimed.
 
     Args:
         device: where.
         tma_fits: the answer of `fits_tma` for the operands.
         num_rows: M.
         num_columns: N.
+        num_summed: K.
         out_dtype: of the result.
         blockwise: for `scaled_mm_blockwise`.
     """
@@ -136,7 +139,7 @@ def candidates(
         return configs
     large = [config for config in configs if config.block_m * config.block_n >= 128 * 128]
     by_wgmma = [config for config in large if config.kernel == "wgmma"]
-    if by_wgmma and tiles_each(by_wgmma[0].block_m, by_wgmma[0].block_n) >= _MANY_TILES:
+    if by_wgmma and num_summed >= _LONG_SUM and tiles_each(by_wgmma[0].block_m, by_wgmma[0].block_n) >= _MANY_TILES:
         return by_wgmma[:1]
     return by_wgmma or large
 
@@ -145,6 +148,8 @@ _SEVERAL_TILES = 4
 """Of 128 x 128 for a multiprocessor, of which two each are one of the large ones."""
 _MANY_TILES = 7
 """Of the first configuration's for a multiprocessor."""
+_LONG_SUM = 1024
+"""The shortest for which benchmarks/results/kernels_h200.md compares configurations."""
 
 
 def wgmma_bytes(config: MatmulConfig, out_itemsize: int, *, blockwise: bool) -> int:

@@ -182,7 +182,7 @@ def test_a_gradient_of_quantised_operands():
 
 def test_candidates():
     device = torch.device(DEVICE)
-    small, large = (64, 64, torch.bfloat16), (65536, 4096, torch.bfloat16)
+    small, large = (64, 64, 64, torch.bfloat16), (65536, 4096, 2048, torch.bfloat16)
     for tma_fits in (False, True):
         configs = candidates(device, tma_fits, *small, blockwise=True)
         assert 0 < len(configs) <= 8 and set(configs) <= set(CONFIGS)

@@ -31,7 +31,7 @@ HOPPER = DeviceFacts("H100", (9, 0), 132, 228 * 1024)
 
 def test_candidates():
     assert all(0 < len(configs) <= 8 for configs in (HOPPER_CANDIDATES, TMA_CANDIDATES, POINTER_CANDIDATES))
-    small, large = (64, 64, torch.bfloat16), (65536, 4096, torch.bfloat16)
+    small, large = (64, 64, 64, torch.bfloat16), (65536, 4096, 2048, torch.bfloat16)
     assert candidates(DEVICE, False, *small) == POINTER_CANDIDATES
     assert candidates(DEVICE, True, *small) == (HOPPER_CANDIDATES if has_wgmma(DEVICE) else TMA_CANDIDATES)
     for tma_fits in (False, True):
@@ -51,11 +51,12 @@ def test_candidates_on_hopper(monkeypatch: pytest.MonkeyPatch, blockwise: bool):
 
     first, second, *others = HOPPER_BLOCKWISE_CANDIDATES if blockwise else HOPPER_CANDIDATES
     others += TMA_BLOCKWISE_CANDIDATES if blockwise else []
-    assert offered(64, 64) == [first, second, *others]
-    assert offered(64, 64, dtype=torch.float32) == [second, *others], "tiles of float32 take more shared memory"
-    assert offered(8192, 1280) == [first, second], "a few tiles each: which is faster depends on how many the last round has"
-    assert offered(8192, 4096) == [first], "many: the fastest at the power limit, which a few calls do not show"
-    assert offered(8192, 4096, dtype=torch.float32) == [second]
+    assert offered(64, 64, 2048) == [first, second, *others]
+    assert offered(64, 64, 2048, dtype=torch.float32) == [second, *others], "tiles of float32 take more shared memory"
+    assert offered(8192, 1280, 2048) == [first, second], "a few tiles each: which is faster depends on how many the last round has"
+    assert offered(8192, 4096, 2048) == [first], "many: the fastest at the power limit, which a few calls do not show"
+    assert offered(8192, 4096, 512) == [first, second], "as fast as memory"
+    assert offered(8192, 4096, 2048, dtype=torch.float32) == [second]
 
 
 def test_tma_wants_multiples_of_16_bytes():
