@@ -6,8 +6,8 @@
 Every step runs in a process of its own, with empty caches (cold) or with those that a cold one filled (warm). Routes take
 turns, and the table has the median of each route's processes: one alone is off by up to a second, as the host has other things
 to do. What our recipes find out once a GPU, its rates and the fastest configuration of each kernel, is part of a cold step.
-Importing libraries and making the model is part of neither, and a small model comes first, unseen, so that the compilers' and
-libraries' files are in memory for all.
+Making the model and importing what a program imports is part of neither; what PyTorch imports when it first compiles, Inductor
+among it, is part of both, in bf16 as in the recipes. A small model comes first, unseen, so that all files are in memory.
 """
 
 import argparse
@@ -16,14 +16,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 from reporting import add_workloads, alone, header, markdown_table, write
+from torch._inductor.async_compile import shutdown_compile_workers
 from train_step import BASELINE, WORKLOADS, make_route
 
 import swcompile
@@ -39,10 +38,12 @@ def first_step(workload: str, route: str, caches: str) -> float:
         start = time.perf_counter()
         step()
         torch.cuda.synchronize()
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+    shutdown_compile_workers()  # a forked process leaves them to nobody
+    return seconds
 
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else asking for a GPU is what a forked process cannot do
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # CUDA, if asked before a fork, fails after it
 _forkserver = get_context("forkserver")
 """Forks processes from one that has imported what is listed and has not touched the GPU."""
 _forkserver.set_forkserver_preload(["swcompile", "transformers", "timm"])
@@ -52,13 +53,6 @@ def in_a_process(*args: str) -> float:
     """`first_step` in a new process."""
     with ProcessPoolExecutor(1, mp_context=_forkserver) as pool:
         return pool.submit(first_step, *args).result()
-
-
-@contextmanager
-def _new_folder() -> Iterator[str]:
-    """Removed at the end, if Inductor's processes, which may outlive the one that started them, are done with it."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        yield folder
 
 
 def measure(workload: str, routes: list[str], num_cold: int, num_warm: int) -> list[dict[str, Any]]:
@@ -78,9 +72,9 @@ def measure(workload: str, routes: list[str], num_cold: int, num_warm: int) -> l
 
     for _ in range(num_cold - 1):
         for route in routes:
-            with _new_folder() as caches:
+            with tempfile.TemporaryDirectory() as caches:
                 add("cold", route, caches)
-    with _new_folder() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         caches_of = {route: f"{folder}/{number}" for number, route in enumerate(routes)}
         for kind in ["cold"] + ["warm"] * num_warm:
             for route in routes:

@@ -107,7 +107,7 @@ def _prepare(
     # Tokens are what varies from call to call here.
     key = (bucket(num_summed), num_rows, num_columns, out_dtype, tma_fits)
     device = a_q_MK.device
-    size = num_rows, num_columns, num_summed
+    size = num_rows, num_columns, bucket(num_summed)
     config = TUNER.choose(key, lambda: candidates(device, tma_fits, *size, out_dtype, blockwise=True), run, device)
     return launcher(config, *tensors, blockwise=True)
 

@@ -125,7 +125,7 @@ def candidates(
     else:
         configs = HOPPER_CANDIDATES if has_wgmma(device) else TMA_CANDIDATES
     facts = device_facts(device)
-    room = facts.shared_memory - 1024  # of which CUDA has 1 KiB
+    room = facts.shared_memory - 1024  # CUDA takes 1 KiB a program
     configs = [
         config
         for config in configs
@@ -148,15 +148,15 @@ _SEVERAL_TILES = 4
 """Of 128 x 128 for a multiprocessor, of which two each are one of the large ones."""
 _MANY_TILES = 7
 """Of the first configuration's for a multiprocessor."""
-_LONG_SUM = 1024
-"""The shortest for which benchmarks/results/kernels_h200.md compares configurations."""
+_LONG_SUM = 1280
+"""The shortest whose configurations benchmarks/results/kernels_h200.md compares at the power limit."""
 
 
 def wgmma_bytes(config: MatmulConfig, out_itemsize: int, *, blockwise: bool) -> int:
-    """Shared memory that a program of the kernel "wgmma" takes, but for its barriers, which are less than 1 KiB."""
+    """Shared memory that a program of the kernel "wgmma" takes at most, with 1 KiB for its barriers."""
     operands = config.num_stages * (config.block_m + config.block_n) * config.block_k
     scales = 4 * (config.num_stages + 1) * config.block_n if blockwise else 0
-    return operands + scales + config.block_m * config.block_n // config.num_stores * out_itemsize
+    return operands + scales + config.block_m * config.block_n // config.num_stores * out_itemsize + 1024
 
 
 def has_wgmma(device: torch.device) -> bool:

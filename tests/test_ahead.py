@@ -29,7 +29,8 @@ from swcompile.kernels.launch import DeviceFacts, Launch
 
 ops = torch.ops.swcompile
 GPUS = {"Hopper": DeviceFacts("H100", (9, 0), 132, 228 * 1024), "another": DeviceFacts("L40S", (8, 9), 142, 100 * 1024)}
-A_MATMUL = {"Hopper": {"wgmma_kernel": 1, "_tma_kernel": 0}, "another": {"_pointer_kernel": 6}}
+MATMULS = {"Hopper": {"wgmma_kernel": 2, "_tma_kernel": 0}, "another": {"_pointer_kernel": 6}}
+"""On Hopper wide results have one configuration, and narrow ones a second."""
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
@@ -50,7 +51,7 @@ def every_other_op(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor)
 
 
 def trace(function: Callable[..., Any], *, device: str = "cuda", symbolic: bool = False) -> fx.Graph:
-    """Of a function of tokens [32768, 4096] and weights [4096, 4096] and [14336, 4096] in bfloat16, which are nowhere."""
+    """Of a function of bfloat16 that is nowhere: tokens [32768, 4096], weights [4096, 4096], [14336, 4096] and [1024, 4096]."""
     sizes = ShapeEnv()
     rows: Any = 32768
     if symbolic:
@@ -60,7 +61,8 @@ def trace(function: Callable[..., Any], *, device: str = "cuda", symbolic: bool 
         x = torch.empty(rows, 4096, device=device, dtype=torch.bfloat16)
         weight = torch.empty(4096, 4096, device=device, dtype=torch.bfloat16)
         wide = torch.empty(14336, 4096, device=device, dtype=torch.bfloat16)
-        return make_fx(function, tracing_mode="real")(x, weight, wide).graph
+        narrow = torch.empty(1024, 4096, device=device, dtype=torch.bfloat16)
+        return make_fx(function, tracing_mode="real")(x, weight, wide, narrow).graph
 
 
 @pytest.fixture(params=GPUS)
@@ -87,15 +89,21 @@ def submitted(gpu: str, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 
 
 def test_each_configuration_that_will_be_tried_is_compiled_once(gpu: str, submitted: list[Launch]) -> None:
-    def three_layers(x: torch.Tensor, weight: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
-        return linear(linear(linear(x, weight), weight), wide)  # shapes do not make a kernel another one
+    def layers(x: torch.Tensor, weight: torch.Tensor, wide: torch.Tensor, narrow: torch.Tensor) -> list[torch.Tensor]:
+        x = linear(linear(x, weight), weight)
+        return [linear(x, wide), linear(x, narrow)]  # shapes do not make a kernel another one
 
-    LateGraphPass([], hook="post_grad_custom_post_pass").run(trace(three_layers))
+    LateGraphPass([], hook="post_grad_custom_post_pass").run(trace(layers))
     names = Counter(found.name for found in submitted)
     num_tries = 1 if gpu == "Hopper" else 4
     assert names["_quantize_tiles_kernel"] == num_tries and names["_absmax_kernel"] == 1
     assert (names["_quantize_rowwise_kernel"] == 1) == (gpu == "Hopper")
-    assert {name: names[name] for name in A_MATMUL[gpu]} == A_MATMUL[gpu]
+    assert {name: names[name] for name in MATMULS[gpu]} == MATMULS[gpu]
+
+
+def test_a_wide_matmuls_tile_is_not_chosen_by_a_few_calls(gpu: str, submitted: list[Launch]) -> None:
+    ahead.compile_ahead(trace(lambda x, weight, wide, narrow: linear(linear(x, weight), wide)))
+    assert sum(found.name == "wgmma_kernel" for found in submitted) == (1 if gpu == "Hopper" else 0)
 
 
 def test_all_ops_are_compiled_ahead(submitted: list[Launch]) -> None:

@@ -38,7 +38,7 @@ def test_candidates():
         kept = candidates(DEVICE, tma_fits, *large)
         of_large = [c for c in candidates(DEVICE, tma_fits, *small) if min(c.block_m, c.block_n) >= 128]
         assert 0 < len(kept) < len(candidates(DEVICE, tma_fits, *small))
-        assert kept == (of_large[:1] if kept[0].kernel == "wgmma" else of_large)
+        assert kept == (of_large[:1] if tma_fits and has_wgmma(DEVICE) else of_large)
 
 
 @pytest.mark.parametrize("blockwise", [False, True])
@@ -122,8 +122,8 @@ source = GluonASTSource(
 )
 kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, enable_fp_fusion=False))
 assert kernel.metadata.shared <= 232448, kernel.metadata.shared
-barriers = kernel.metadata.shared - wgmma_bytes(config, 2, blockwise=blockwise)
-assert 0 < barriers < 1024, barriers
+spare = wgmma_bytes(config, 2, blockwise=blockwise) - kernel.metadata.shared
+assert 0 <= spare < 1024, spare
 ptx = kernel.asm["ptx"]
 assert all(f"wgmma.mma_async.sync.aligned.{instruction}" in ptx for instruction in instructions)
 in_flight = len(instructions)
