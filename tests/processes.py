@@ -4,6 +4,7 @@ import contextlib
 import io
 import multiprocessing
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,21 @@ def run_program(program: str, *arguments: str, folder: Path, path: Path | None =
     with mock.patch.dict(os.environ, environment):  # a process that is not forked has them from the beginning
         run_in_processes(_run_program, (program, arguments, str(folder), path and str(path), environment))
     return (folder / "printed").read_text()
+
+
+def run_compiled(*arguments: str, **environment: str) -> str:
+    """What Python prints in a process without Triton's interpreter, which replaces parts of Triton's language; errors behind it.
+
+    Args:
+        arguments: of Python's command line. Modules of the tests and benchmarks are found.
+        environment: variables beside those that there are.
+    """
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    tests = Path(__file__).parent
+    variables["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent / "benchmarks"), *sys.path])
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=variables | environment, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr * (done.returncode != 0)
 
 
 def check_document(name: str, folder: Path) -> None:

@@ -2,13 +2,10 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import run_compiled
 from row_programs import PROGRAMS, make_inputs
 
 from swcompile.kernels import row_program_triton
@@ -262,10 +259,5 @@ def test_long_and_many_rows() -> None:
 
 
 def test_compiles_for_gpus_without_spilling() -> None:
-    """In a process of its own: the interpreter, where it is on, replaces parts of Triton's language."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    tests = Path(__file__).parent
-    environment["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent / "benchmarks")])
-    command = [sys.executable, "-m", "compile_row_programs"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines()[-1:] == ["all compiled"], done.stdout + done.stderr
+    printed = run_compiled("-m", "compile_row_programs")
+    assert printed.splitlines()[-1:] == ["all compiled"], printed

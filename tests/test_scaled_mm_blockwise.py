@@ -189,6 +189,7 @@ def test_candidates():
         of_large = [config for config in configs if min(config.block_m, config.block_n) >= 128]
         kept = of_large[:1] if tma_fits and has_wgmma(device) else of_large
         assert candidates(device, tma_fits, *large, blockwise=True) == kept != []
+    assert (candidates(device, True, *large, blockwise=True)[0].kernel == "wgmma") == has_wgmma(device)
 
 
 def test_user_errors():

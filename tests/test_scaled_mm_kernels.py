@@ -1,13 +1,11 @@
 """Which kernels of scaled_mm can be chosen where; and the Gluon kernel, compiled for Hopper without one."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from processes import run_compiled
 
 from swcompile.kernels import scaled_mm_kernels
 from swcompile.kernels.launch import DeviceFacts
@@ -69,7 +67,6 @@ def test_tma_wants_multiples_of_16_bytes():
     assert not fits_tma(unaligned, unaligned, out)
 
 
-# A process of its own: the interpreter, where it is on, replaces parts of Triton's language.
 INT8 = """
 from swcompile.kernels.scaled_mm_kernels import HOPPER_CANDIDATES
 from swcompile.kernels.scaled_mm_wgmma import wgmma_kernel as function
@@ -134,7 +131,5 @@ print("compiled")
 
 
 def test_compile_for_hopper_with_overlapping_multiplications():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", INT8 + COMPILE + BLOCKWISE + COMPILE]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines() == ["compiled", "compiled"], done.stderr
+    printed = run_compiled("-c", INT8 + COMPILE + BLOCKWISE + COMPILE)
+    assert printed.splitlines() == ["compiled", "compiled"], printed

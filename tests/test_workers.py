@@ -1,8 +1,5 @@
 """Kernels that are compiled in Inductor's processes are those that this process launches."""
 
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from processes import run_program
+from processes import run_compiled, run_program
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.runtime import triton_compat
 from triton.backends.compiler import GPUTarget
@@ -30,18 +27,8 @@ CUDA = torch.device("cuda", 0)
 TARGET = GPUTarget("cuda", 90, 32)
 
 
-def run_compiled(*arguments: str) -> str:
-    """What Python prints in a process of its own, without the interpreter, which replaces parts of Triton's language."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    tests = Path(__file__).parent
-    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"
-    environment["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent / "benchmarks"), *sys.path])
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
-    return done.stdout + done.stderr * (done.returncode != 0)
-
-
 def test_this_process_finds_what_another_compiled() -> None:
-    printed = run_compiled("-m", "compile_elsewhere")
+    printed = run_compiled("-m", "compile_elsewhere", TORCHINDUCTOR_COMPILE_THREADS="4")
     assert printed.splitlines()[-1:] == ["all found"], printed
 
 
