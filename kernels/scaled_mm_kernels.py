@@ -46,7 +46,7 @@ HOPPER_CANDIDATES = [
 ]
 """The fastest for the shapes of benchmarks/kernel_speed.py on an H200, and smaller tiles for few rows or columns.
 
-At the power limit, which holds a training step back, the first one is 1 to 11 % ahead of the next, whatever a few calls say.
+At the power limit, which holds a training step back, the first one is up to 11 % ahead of the next, whatever a few calls say.
 It has no room for the tiles of a float32 result.
 Tiles of 256 x 128, and the others by "tma", are never the fastest by more than 0.2 % (benchmarks/results/kernels_h200.md).
 """
@@ -103,9 +103,9 @@ def candidates(
     """What to choose among on a device for a result of this size, or of so many rows at least.
 
     Small tiles are for small results: where each multiprocessor has several of the large ones, they only cost the time to
-    compile them, and so do other kernels than "wgmma" where it runs. Where each has many, the last of which then hardly
-    counts, of long sums, which memory does not hold back, the first configuration is the fastest at the power limit. A few
-    calls do not show that: it is taken untimed.
+    compile them, and so do other kernels than "wgmma" where it runs. Where each has many, so that the last hardly counts,
+    of sums that are not very short, the first configuration is the fastest at the power limit. A few calls do not show
+    that: it is taken untimed.
 
     Args:
         device: where.
@@ -139,7 +139,7 @@ def candidates(
         return configs
     large = [config for config in configs if config.block_m * config.block_n >= 128 * 128]
     by_wgmma = [config for config in large if config.kernel == "wgmma"]
-    if by_wgmma and num_summed >= _LONG_SUM and tiles_each(by_wgmma[0].block_m, by_wgmma[0].block_n) >= _MANY_TILES:
+    if by_wgmma and num_summed >= _SHORTEST_SUM and tiles_each(by_wgmma[0].block_m, by_wgmma[0].block_n) >= _MANY_TILES:
         return by_wgmma[:1]
     return by_wgmma or large
 
@@ -148,7 +148,7 @@ _SEVERAL_TILES = 4
 """Of 128 x 128 for a multiprocessor, of which two each are one of the large ones."""
 _MANY_TILES = 7
 """Of the first configuration's for a multiprocessor."""
-_LONG_SUM = 1280
+_SHORTEST_SUM = 512
 """The shortest whose configurations benchmarks/results/kernels_h200.md compares at the power limit."""
 
 
