@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from multiprocessing import get_context
 from typing import Any
 
@@ -65,20 +66,12 @@ def measure(workload: str, routes: list[str], num_cold: int, num_warm: int) -> l
         num_warm: processes a route with the caches that its last cold one filled.
     """
     seconds: dict[tuple[str, str], list[float]] = {}
-
-    def add(kind: str, route: str, caches: str) -> None:
-        seconds.setdefault((kind, route), []).append(in_a_process(workload, route, caches))
-        print(f"{workload}, {route}, {kind}: {seconds[kind, route][-1]:.1f} s", file=sys.stderr, flush=True)
-
-    for _ in range(num_cold - 1):
-        for route in routes:
-            with tempfile.TemporaryDirectory() as caches:
-                add("cold", route, caches)
+    turns = [("cold", number) for number in range(num_cold)] + [("warm", num_cold - 1)] * num_warm
     with tempfile.TemporaryDirectory() as folder:
-        caches_of = {route: f"{folder}/{number}" for number, route in enumerate(routes)}
-        for kind in ["cold"] + ["warm"] * num_warm:
-            for route in routes:
-                add(kind, route, caches_of[route])
+        for (kind, turn), route in product(turns, routes):
+            taken = in_a_process(workload, route, f"{folder}/{turn}/{routes.index(route)}")
+            seconds.setdefault((kind, route), []).append(taken)
+            print(f"{workload}, {route}, {kind}: {taken:.1f} s", file=sys.stderr, flush=True)
     median = {key: statistics.median(values) for key, values in seconds.items()}
     return [
         {"route": route}

@@ -8,20 +8,20 @@ from typing import Any, NoReturn
 from unittest import mock
 
 import torch
+from gpus import H100
 from row_programs import PROGRAMS
 from torch._inductor.async_compile import AsyncCompile, maybe_warm_pool
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend, get_ptxas_version
 
 from swcompile.kernels import quantize_tensorwise, scaled_mm_kernels
-from swcompile.kernels.launch import DeviceFacts, Launch, recording
+from swcompile.kernels.launch import Launch, recording
 from swcompile.kernels.row_program import parse
 from swcompile.kernels.row_program_triton import _warm_up, candidates
 from swcompile.kernels.scaled_mm_kernels import MatmulConfig
 from swcompile.kernels.workers import _assembler, _settings, compile_launch, run_for, submit
 
 TARGET = GPUTarget("cuda", 90, 32)
-FACTS = DeviceFacts("H100", (9, 0), 132, 228 * 1024)
 MATMULS = [
     MatmulConfig("wgmma", 128, 256, 128, 4, 4, num_stores=2, lead=1),
     MatmulConfig("tma", 128, 256, 128, 8, 3, num_stores=2),
@@ -48,8 +48,8 @@ def launches() -> list[Launch]:
     x, x_q, x_q_t = torch.randn(256, 256).bfloat16(), torch.empty(256, 256).char(), torch.empty(256, 256).char()
     scale, scales = torch.ones(1, 1), torch.ones(256, 1)
     with (
-        mock.patch.object(quantize_tensorwise, "device_facts", lambda device: FACTS),
-        mock.patch.object(scaled_mm_kernels, "device_facts", lambda device: FACTS),
+        mock.patch.object(quantize_tensorwise, "device_facts", lambda device: H100),
+        mock.patch.object(scaled_mm_kernels, "device_facts", lambda device: H100),
         recording() as found,
     ):
         for tile in quantize_tensorwise.CANDIDATES[:2]:
@@ -75,19 +75,19 @@ def main() -> None:
     calls: list[tuple[Callable[..., list[Any]], object]] = [(compile_launch, launch) for launch in launches()]
     AsyncCompile.wait_pool_ready(timeout=600)
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder):
-        futures = [submit(*call, target=TARGET) for call in (*calls, (*warm_up, True, FACTS))]
+        futures = [submit(*call, target=TARGET) for call in (*calls, (*warm_up, True, H100))]
         for future in futures:
             assert future is not None, "there are no such processes"
             future.result()
         with mock.patch.object(CUDABackend, "make_ttir", refuse):
-            for call in (*calls, (*warm_up, True, FACTS)):
+            for call in (*calls, (*warm_up, True, H100)):
                 run_for(TARGET, _settings(), _assembler(90), *call)
         with tempfile.TemporaryDirectory() as another:
             run_for(TARGET, _settings() | {"TRITON_CACHE_DIR": another}, _assembler(90), *calls[0])
             assert any(Path(another).rglob("*.cubin")), "what was found in one folder is compiled for another"
         with mock.patch.object(CUDABackend, "make_ttir", refuse):
             try:
-                run_for(TARGET, _settings(), _assembler(90), *warm_up, False, FACTS)
+                run_for(TARGET, _settings(), _assembler(90), *warm_up, False, H100)
             except AssertionError as error:
                 assert str(error) == "it is compiled here"
             else:

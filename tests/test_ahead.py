@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from gpus import H100, L40S
 from processes import run_program
 from torch import fx
 from torch._dynamo.source import ConstantSource
@@ -25,10 +26,10 @@ from swcompile.kernels import (
     scaled_mm_kernels,
     tuning,
 )
-from swcompile.kernels.launch import DeviceFacts, Launch
+from swcompile.kernels.launch import Launch
 
 ops = torch.ops.swcompile
-GPUS = {"Hopper": DeviceFacts("H100", (9, 0), 132, 228 * 1024), "another": DeviceFacts("L40S", (8, 9), 142, 100 * 1024)}
+GPUS = {"Hopper": H100, "another": L40S}
 MATMULS = {"Hopper": {"wgmma_kernel": 2, "_tma_kernel": 0}, "another": {"_pointer_kernel": 6}}
 """On Hopper wide results have one configuration, and narrow ones a second."""
 

@@ -5,10 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from gpus import H100
 from processes import run_compiled
 
 from swcompile.kernels import scaled_mm_kernels
-from swcompile.kernels.launch import DeviceFacts
 from swcompile.kernels.scaled_mm_kernels import (
     HOPPER_BLOCKWISE_CANDIDATES,
     HOPPER_CANDIDATES,
@@ -22,9 +22,6 @@ from swcompile.kernels.scaled_mm_kernels import (
 )
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-HOPPER = DeviceFacts("H100", (9, 0), 132, 228 * 1024)
 
 
 def test_candidates():
@@ -41,7 +38,7 @@ def test_candidates():
 
 @pytest.mark.parametrize("blockwise", [False, True])
 def test_candidates_on_hopper(monkeypatch: pytest.MonkeyPatch, blockwise: bool):
-    monkeypatch.setattr(scaled_mm_kernels, "device_facts", lambda device: HOPPER)
+    monkeypatch.setattr(scaled_mm_kernels, "device_facts", lambda device: H100)
     monkeypatch.setattr(scaled_mm_kernels, "has_wgmma", lambda device: True)
 
     def offered(*size: int, dtype: torch.dtype = torch.bfloat16) -> list[MatmulConfig]:
