@@ -5,6 +5,7 @@ import dataclasses
 import math
 import statistics
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
@@ -379,8 +380,30 @@ _NOT_ZERO = ("matmul", "quantized_matmul", "quantize", "quantize_columns", "kern
 
 
 def _measure(device: torch.device, dtype: torch.dtype, by_block: bool) -> DeviceRates:
+    """Measures more than once where timings differ, as on a GPU that other programs use: the steadiest ones count.
+
+    On a CPU other programs are the rule, and each timing is the shortest of a few.
+    """
     with _on(device):
-        return _measure_current(device, dtype, by_block)
+        measured: list[tuple[float, DeviceRates]] = []
+        for _ in range(_ATTEMPTS):
+            measured.append(_measure_current(device, dtype, by_block))
+            spread, rates = min(measured, key=lambda pair: pair[0])
+            if spread <= _STEADY or device.type == "cpu":
+                return rates
+    warnings.warn(
+        f"{torch.cuda.get_device_name(device)} seems to be in use by other programs: while its rates were measured, one call took "
+        f"{spread:.1f} times as long as another of its kind. So matmuls may be left in {str(dtype).removeprefix('torch.')}, or taken to int8, where "
+        f"the other is faster. Delete {_rates_file().path} when the GPU is idle, and the next compilation measures again",
+        stacklevel=2,
+    )
+    return rates
+
+
+_ATTEMPTS = 3
+_STEADY = 1.4
+"""By what factor timings of a call may differ. On an H200 that was idle up to 1.2; where tests shared it and a rate was a tenth
+or more off, 1.5 to 23."""
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -447,9 +470,10 @@ def _trials(device: torch.device, dtype: torch.dtype, by_block: bool) -> Iterato
         yield _Trials(device, dtype, by_block)
 
 
-def _measure_current(device: torch.device, dtype: torch.dtype, by_block: bool) -> DeviceRates:
+def _measure_current(device: torch.device, dtype: torch.dtype, by_block: bool) -> tuple[float, DeviceRates]:
+    """The current device's rates, behind the factor by which timings of one call differed."""
     on_gpu = device.type == "cuda"
-    seconds = _gpu_seconds if on_gpu else _cpu_seconds
+    clock = _Clock(_gpu_seconds if on_gpu else _cpu_seconds)
     with _trials(device, dtype, by_block) as trials:
         if on_gpu:
             wait_for(_compiling)  # those of other rates, too: they keep the host busy
@@ -458,25 +482,47 @@ def _measure_current(device: torch.device, dtype: torch.dtype, by_block: bool) -
             _compiling_here.clear()
             run_together(trials.all(), device)
         rows, size = trials.x.shape
-        quantize = quantize_rowwise_work(rows, size, dtype.itemsize).bytes / seconds(trials.quantize)
-        columns_work = quantize_blockwise_transpose_work if by_block else quantize_columnwise_transpose_work
-        kernel = seconds(trials.quantize_small) * (_AMONG_OTHERS if on_gpu else 1.0)
+        (quantize,) = clock(trials.quantize)
+        (small,) = clock(trials.quantize_small)
+        kernel = small * (_AMONG_OTHERS if on_gpu else 1.0)
 
         # What speaks against 8 bit counts.
-        matmul, output = _matmul_rates(lambda a, b: a @ b.t(), (trials.x, trials.weight), seconds, kernel, min)
-        quantized, quantized_output = _matmul_rates(trials.quantized_matmul, trials.quantized, seconds, kernel, max)
-        return DeviceRates(
+        matmul, output = _matmul_rates(lambda a, b: a @ b.t(), (trials.x, trials.weight), clock, kernel, min)
+        quantized, quantized_output = _matmul_rates(trials.quantized_matmul, trials.quantized, clock, kernel, max)
+        (columns,) = clock(trials.quantize_columns)
+        columns_work = quantize_blockwise_transpose_work if by_block else quantize_columnwise_transpose_work
+        return clock.spread, DeviceRates(
             matmul=matmul,
             output=output,
             quantized_matmul=quantized,
             quantized_output=quantized_output,
-            quantize=quantize,
-            quantize_columns=columns_work(rows, size, dtype.itemsize).bytes / seconds(trials.quantize_columns),
-            transpose=transpose_work(rows, size).bytes / seconds(trials.transpose) if by_block else 0.0,
+            quantize=quantize_rowwise_work(rows, size, dtype.itemsize).bytes / quantize,
+            quantize_columns=columns_work(rows, size, dtype.itemsize).bytes / columns,
+            transpose=transpose_work(rows, size).bytes / clock(trials.transpose)[0] if by_block else 0.0,
             kernel=kernel,
             matmul_call=_host_seconds(lambda: trials.small @ trials.small_weight) if on_gpu else 0.0,
             quantize_call=_host_seconds(trials.quantize_small) if on_gpu else 0.0,
         )
+
+
+class _Clock:
+    """Times calls.
+
+    Args:
+        seconds: times one.
+    """
+
+    def __init__(self, seconds: Callable[[Callable[[], object]], float]) -> None:
+        self._seconds = seconds
+        self.spread = 1.0
+        """By what factor the timings of one call have differed, at most."""
+
+    def __call__(self, *runs: Callable[[], object]) -> list[float]:
+        """Median seconds of each of several calls, which take turns."""
+        turns = [[self._seconds(run) for run in runs] for _ in range(3)]
+        times = list(zip(*turns, strict=True))
+        self.spread = max(self.spread, *(max(of_one) / min(of_one) for of_one in times))
+        return [statistics.median(of_one) for of_one in times]
 
 
 def _rounded(x: torch.Tensor) -> torch.Tensor:
@@ -487,7 +533,7 @@ def _rounded(x: torch.Tensor) -> torch.Tensor:
 def _matmul_rates(
     matmul: Callable[..., object],
     operands: Sequence[torch.Tensor],
-    seconds: Callable[[Callable[[], object]], float],
+    clock: Callable[..., Sequence[float]],
     kernel: float,
     pick: Callable[[Iterable[float]], float],
 ) -> tuple[float, float]:
@@ -496,16 +542,15 @@ def _matmul_rates(
     Args:
         matmul: of two operands that are summed along their rows.
         operands: large ones.
-        seconds: times a call.
+        clock: times calls, as `_Clock` does.
         kernel: seconds that any kernel takes.
         pick: of what is found by sums an eighth as long and by sums a sixteenth as long, as kernels are chosen by length.
     """
     (num_rows, length), num_columns = operands[0].shape, operands[1].shape[0]
     shares = (1, 8, 16)
     cut = [[operand[:, : length // share].contiguous() for operand in operands] for share in shares]
-    times = [[seconds(partial(matmul, *pair)) for pair in cut] for _ in range(3)]
-    medians = [statistics.median(column) for column in zip(*times, strict=True)]
-    whole, *parts = (median - min(kernel, median / 2) for median in medians)
+    times = clock(*(partial(matmul, *pair) for pair in cut))
+    whole, *parts = (seconds - min(kernel, seconds / 2) for seconds in times)
     rest = pick([_rest(whole, part, share) for part, share in zip(parts, shares[1:], strict=True)])
     return 2 * num_rows * num_columns * length / (whole - rest), rest / (num_rows * num_columns)
 

@@ -146,9 +146,9 @@ def test_the_gpu_that_is_measured_is_the_current_one(monkeypatch: pytest.MonkeyP
         yield
         current.pop()
 
-    def measure(device: torch.device, dtype: torch.dtype, by_block: bool) -> DeviceRates:
+    def measure(device: torch.device, dtype: torch.dtype, by_block: bool) -> tuple[float, DeviceRates]:
         assert current[-1] == device.index
-        return RATES
+        return 1.0, RATES
 
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(cost, "_measure_current", measure)
@@ -245,6 +245,35 @@ def test_a_folder_that_cannot_be_used_fails_no_compilation(
     assert len([w for w in seen if "device_rates.json cannot be written" in str(w.message)]) == 1
 
 
+@pytest.mark.parametrize(
+    ("device", "spreads", "taken"),
+    [("cuda", [1.3], 0), ("cuda", [2.0, 1.1], 1), ("cuda", [3.0, 1.6, 23.0], 1), ("cpu", [3.0], 0)],
+    ids=["idle", "in use for a while", "in use", "CPU"],
+)
+def test_a_gpu_that_others_use_is_measured_again(
+    device: str, spreads: list[float], taken: int, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = [(spread, dataclasses.replace(RATES, matmul=number)) for number, spread in enumerate(spreads)]
+    left = iter(attempts)
+    monkeypatch.setattr(cost, "_measure_current", lambda *of: next(left))
+    monkeypatch.setattr(cost, "_on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake GPU")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert cost._measure(torch.device(device), torch.bfloat16, False) == attempts[taken][1]
+    assert not list(left), "all that were expected"
+    told = [str(w.message) for w in seen]
+    assert len(told) == (len(spreads) == 3)
+    assert all("Fake GPU" in text and "1.6 times" in text and f"Delete {file}" in text for text in told)
+
+
+def test_timings_of_several_calls_take_turns() -> None:
+    times, order = iter([1.0, 9.0, 3.0, 8.0, 2.0, 7.0]), []
+    clock = cost._Clock(lambda run: order.append(run()) or next(times))
+    assert clock(lambda: "a", lambda: "b") == [2.0, 8.0] and order == ["a", "b"] * 3
+    assert clock.spread == 3.0
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_second_gpu_is_measured_where_the_first_is_current() -> None:
@@ -335,7 +364,7 @@ def test_the_rates_of_a_matmul_are_found_by_sums_of_several_lengths() -> None:
             length = run.args[0].shape[1]
             return 2 * 64 * 32 * length / 1e9 + 64 * 32 * results[length] + 1e-6
 
-        rate, output = cost._matmul_rates(torch.mm, (a, b), seconds, 1e-6, pick)
+        rate, output = cost._matmul_rates(torch.mm, (a, b), cost._Clock(seconds), 1e-6, pick)
         assert output == pytest.approx(slow, rel=0.1) and rate == pytest.approx(1e9, rel=0.01)
 
 
