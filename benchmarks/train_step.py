@@ -6,7 +6,8 @@
 
 Prints one table a model. All routes of a model run in one process on the same weights, taking turns, so that their
 ratios do not depend on the clock of the moment; times are medians. "Of floor" is the share that the matmuls of the
-linear layers would take at the rates of large ones on this GPU, in the formats in which they run.
+linear layers would take at the rates of large ones on this GPU, in the formats in which they run. "In int8" counts all matmuls
+of the model, both passes: the cost rule may leave some.
 """
 
 import argparse
@@ -226,7 +227,7 @@ def cosine(model: nn.Module, reference: dict[str, torch.Tensor]) -> float:
 def measure(
     workload: Workload, names: list[str], rounds: int, options: dict[str, Any], *, micro_batches: int, gradients: bool, kernels: bool
 ) -> list[dict[str, Any]]:
-    """One row a route: seconds to compile, ms a step, GiB at the peak; the cosine of its gradients if asked for.
+    """One row a route: seconds to compile, matmuls in int8, ms a step, GiB at the peak; the cosine of its gradients if asked for.
 
     `kernels` also prints the GPU time of each.
     """
@@ -263,6 +264,7 @@ def measure(
         rows[name]["GiB"] = (torch.cuda.max_memory_allocated() - before + own) / 2**30
         if route.recipe:
             route.decisions = swcompile.reports()[-1].decisions
+            rows[name]["in int8"] = f"{sum(decision.rewritten for decision in route.decisions)} of {len(route.decisions)}"
             print(f"{name}: {swcompile.reports()[-1].summary()}", flush=True)
     times = defaultdict(list)
     with alone():
@@ -350,7 +352,7 @@ def main() -> None:
     names += [recipe + HELD for recipe in args.recipes] if args.accumulate > 1 else []
     names += [] if args.peers is None else args.peers or PEERS
     text = [header("Train step: forward, loss, backward") + (f"\n\ntorchao {version('torchao')}" if args.peers is not None else "")]
-    columns = {"ms": ".1f", "spread ms": ".1f", "speed-up": ".3f", "of floor": ".2f", "GiB": ".2f", "memory": ".3f", "compile s": ".0f"}
+    columns = {"in int8": "", "ms": ".1f", "spread ms": ".1f", "speed-up": ".3f", "of floor": ".2f", "GiB": ".2f", "memory": ".3f", "compile s": ".0f"}
     if args.gradients:
         columns["cosine"] = ".5f"
     for name in args.workloads:

@@ -8,18 +8,17 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
 import sympy
 import torch
 from torch._inductor import config as inductor_config
 from torch._inductor.runtime.cache_dir_utils import cache_dir
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -54,6 +53,7 @@ from swcompile.recipe import GemmFormat, Role, Scaling
 from swcompile.values import unrounded
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Result = TypeVar("Result")
 MIN_SPEEDUP = 1.03
 """What 8 bit has to be worth at least: near 1 a prediction may be on the wrong side, and 8 bit rounds."""
 
@@ -112,18 +112,40 @@ class Prediction(NamedTuple):
     """8 bit is faster on the device, but the host takes longer to launch it."""
 
 
+class _Original(NamedTuple):
+    """What a matmul takes as it is."""
+
+    seconds: float
+    """Of the device."""
+    between: float
+    """Seconds that the device spends on the kernels between this matmul and the next, at least."""
+    call: float
+    """Seconds that the host takes to launch a kernel of PyTorch's or Inductor's."""
+
+    @property
+    def host(self) -> float:
+        """Seconds that the host takes to launch the matmul and the kernels behind it."""
+        return (1 + _BETWEEN) * self.call
+
+
 class _Times(NamedTuple):
     """Seconds that a matmul takes, as it is and in 8 bit with its quantisation."""
 
-    original: float
+    original: _Original
     quantized: float
-    original_host: float
     quantized_host: float
+    """Likewise with the kernels behind it."""
+
+    @property
+    def prediction(self) -> Prediction:
+        """What counts where the device is the bottleneck."""
+        return Prediction(self.original.seconds / self.quantized)
 
     def with_launches(self) -> Prediction:
         """What counts where the host is the bottleneck."""
-        speedup = max(self.original, self.original_host) / max(self.quantized, self.quantized_host)
-        return Prediction(speedup, launches_decide=speedup < MIN_SPEEDUP <= self.original / self.quantized)
+        seconds, between, _ = self.original
+        speedup = max(seconds + between, self.original.host) / max(self.quantized + between, self.quantized_host)
+        return Prediction(speedup, launches_decide=speedup < MIN_SPEEDUP <= self.prediction.speedup)
 
 
 def predict_speedups(
@@ -132,7 +154,7 @@ def predict_speedups(
     """How much faster each matmul would be in 8 bit.
 
     Device time decides as long as the device is the bottleneck. Where the host would take longer to launch this graph
-    than the device to run its matmuls (and no CUDA graph launches it), the longer of both counts.
+    than the device to run it (and no CUDA graph launches it), the longer of both counts.
 
     Args:
         candidates: the matmuls of one graph that may be rewritten.
@@ -143,33 +165,35 @@ def predict_speedups(
     times = [_times(candidate, rates) for candidate in candidates]
     dtypes = {candidate.matmul.node.meta["val"].dtype for candidate in candidates}  # the device is measured for these
     rest = [_original(matmul, rates) for matmul in others if matmul.node.meta["val"].dtype in dtypes]
-    device = sum(t.quantized for t in times) + sum(seconds for seconds, _ in rest)
-    host = sum(t.quantized_host for t in times) + sum((1 + _BETWEEN) * launch for _, launch in rest)
-    if host <= device or inductor_config.triton.cudagraphs:
-        return [Prediction(t.original / t.quantized) for t in times]
-    return [t.with_launches() for t in times]
+    device = sum(t.quantized + t.original.between for t in times) + sum(t.seconds + t.between for t in rest)
+    host = sum(t.quantized_host for t in times) + sum(t.host for t in rest)
+    is_device_bound = host <= device or inductor_config.triton.cudagraphs
+    return [t.prediction if is_device_bound else t.with_launches() for t in times]
 
 
-def _original(matmul: Matmul, rates: DeviceRates | None) -> tuple[float, float]:
-    """Seconds that a matmul takes the device as it is, and the host to launch it."""
+def _original(matmul: Matmul, rates: DeviceRates | None) -> _Original:
     value = matmul.node.meta["val"]
     rates = rates or device_rates(value.device, value.dtype)
     m, n, k = _shape(matmul)
-    work = Work(flops=2 * m * n * k, bytes=value.dtype.itemsize * (m * k + n * k + m * n))
+    itemsize = value.dtype.itemsize
+    work = Work(flops=2 * m * n * k, bytes=itemsize * (m * k + n * k + m * n))
     seconds = max(work.flops / rates.matmul + m * n * rates.output, work.bytes / rates.quantize)
-    return seconds + rates.kernel, rates.matmul_call
+    activation = n * k if matmul.weight_on_left else m * k
+    # Those of a weight's gradient are read and written around other matmuls, and its result by the optimizer alone.
+    moved = 0 if matmul.role is Role.GRAD_WEIGHT else itemsize * (activation + m * n)
+    return _Original(seconds + rates.kernel, _BETWEEN * (moved / rates.quantize + rates.kernel), rates.matmul_call)
 
 
 _BETWEEN = 2.0
-"""Kernels that the host launches between two matmuls, of norms, attention and activations; their time on the device is not
-counted. A step of an encoder took the host as long as two and a half for each matmul; one that quantises takes the place of
-some of them, and is counted as well."""
+"""Kernels between two matmuls, of norms, attention and activations. A step of an encoder took the host as long as two and a half
+for each matmul; one that quantises takes the place of some of them, and is counted as well. On the device each reads and writes
+as much as the activation and the result of a matmul hold: no more than half of what they took in a ViT."""
 
 
 def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     matmul, gemm, sharers, is_fused, weight_passes, scale_sharers, transpose_sharers, spares_gradient = candidate
     value = matmul.node.meta["val"]
-    original, launch = _original(matmul, rates)
+    original = _original(matmul, rates)
     rates = rates or device_rates(value.device, value.dtype, gemm.is_by_block)
     m, n, k = _shape(matmul)
     itemsize = value.dtype.itemsize
@@ -220,9 +244,8 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
         + rates.kernel
         + quantize_other / sharers
         + quantize_weight / weight_passes,
-        original_host=(1 + _BETWEEN) * launch,
         quantized_host=(1 + activation_launches / sharers + weight_kernels / weight_passes) * rates.quantize_call
-        + _BETWEEN * launch,
+        + _BETWEEN * original.call,
     )
 
 
@@ -332,13 +355,19 @@ def start_measuring(devices: Iterable[torch.device], dtypes: Iterable[torch.dtyp
         key = _device_key(*of)
         if of[0].type == "cuda" and key not in _identities.keys() | seen and not _has_identity(known.get(key)):
             seen.add(key)
-            with contextlib.suppress(torch.OutOfMemoryError), _on(of[0]), _trials(*of) as trials:
-                launches[of[0]].update((str(launch), launch) for launch in launches_of(trials.all()))
+            with contextlib.suppress(torch.OutOfMemoryError):
+                launches[of[0]].update((str(launch), launch) for launch in _in_a_thread(_launches, *of))
     for device, different in launches.items():
         elsewhere = compile_elsewhere(different.values(), device)
         _compiling.extend(elsewhere)
         if not elsewhere:
             _compiling_here.extend(compile_here(different.values(), device))
+
+
+def _launches(device: torch.device, dtype: torch.dtype, by_block: bool) -> list[Launch]:
+    """What measuring a device launches."""
+    with _trials(device, dtype, by_block) as trials:
+        return launches_of(trials.all())
 
 
 _compiling: list[Future[None]] = []
@@ -384,13 +413,12 @@ def _measure(device: torch.device, dtype: torch.dtype, by_block: bool) -> Device
 
     On a CPU other programs are the rule, and each timing is the shortest of a few.
     """
-    with _on(device):
-        measured: list[tuple[float, DeviceRates]] = []
-        for _ in range(_ATTEMPTS):
-            measured.append(_measure_current(device, dtype, by_block))
-            spread, rates = min(measured, key=lambda pair: pair[0])
-            if spread <= _STEADY or device.type == "cpu":
-                return rates
+    measured: list[tuple[float, DeviceRates]] = []
+    for _ in range(_ATTEMPTS):
+        measured.append(_in_a_thread(_measure_once, device, dtype, by_block))
+        spread, rates = min(measured, key=lambda pair: pair[0])
+        if spread <= _STEADY or device.type == "cpu":
+            return rates
     warnings.warn(
         f"{torch.cuda.get_device_name(device)} seems to be in use by other programs: while its rates were measured, one call took "
         f"{spread:.1f} times as long as another of its kind. So matmuls may be left in {str(dtype).removeprefix('torch.')}, or taken to int8, where "
@@ -404,6 +432,17 @@ _ATTEMPTS = 3
 _STEADY = 1.4
 """By what factor timings of a call may differ. On an H200 that was idle up to 1.2; where tests shared it and a rate was a tenth
 or more off, 1.5 to 23."""
+
+
+def _in_a_thread(run: Callable[..., Result], *arguments: Any) -> Result:
+    """What a function returns that runs in a thread of its own, where calls are as fast as in a training step.
+
+    Who compiles has modes on (fake tensors, the dispatcher in Python, autocast), which are a thread's own, and a deep stack.
+    Python keeps its frames in chunks: where the stack ends with one, each call allocates the next and frees it, which takes
+    longer than launching a kernel.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run, *arguments).result()
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -463,15 +502,14 @@ class _Trials:
 
 @contextlib.contextmanager
 def _trials(device: torch.device, dtype: torch.dtype, by_block: bool) -> Iterator[_Trials]:
-    """Makes the tensors, where calls are as fast as in a training step: the graph may be in the middle of being compiled."""
-    autocast = torch.autocast(device.type, enabled=False)
+    """Makes the tensors, on the device, which is the current one meanwhile."""
     rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with unset_fake_temporarily(), torch._C._DisablePythonDispatcher(), torch.no_grad(), rng, autocast:
+    with _on(device), torch.no_grad(), rng:
         yield _Trials(device, dtype, by_block)
 
 
-def _measure_current(device: torch.device, dtype: torch.dtype, by_block: bool) -> tuple[float, DeviceRates]:
-    """The current device's rates, behind the factor by which timings of one call differed."""
+def _measure_once(device: torch.device, dtype: torch.dtype, by_block: bool) -> tuple[float, DeviceRates]:
+    """A device's rates, behind the factor by which timings of one call differed."""
     on_gpu = device.type == "cuda"
     clock = _Clock(_gpu_seconds if on_gpu else _cpu_seconds)
     with _trials(device, dtype, by_block) as trials:

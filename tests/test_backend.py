@@ -219,7 +219,7 @@ def test_explain_takes_the_options_that_concern_inductor(monkeypatch: pytest.Mon
 
     def slow_host(candidate: Any, rates: Any) -> cost._Times:
         """int8 is faster on the device, and slower where the host launches."""
-        return cost._Times(original=2e-6, quantized=1e-6, original_host=1e-3, quantized_host=1.0)
+        return cost._Times(cost._Original(seconds=2e-6, between=1e-6, call=1e-3), quantized=1e-6, quantized_host=1.0)
 
     monkeypatch.setattr(cost, "_times", slow_host)
     for mode, in_int8 in ((None, 0), ("default", 0), ("reduce-overhead", 4)):

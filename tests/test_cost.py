@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
 import json
 import time
@@ -98,7 +99,7 @@ def test_rates_have_a_name_for_cache_keys_before_they_are_measured(file: Path, m
 
 @pytest.mark.parametrize("graph", ["training", "inference"])
 def test_calls_are_timed_as_they_are_outside_a_compilation(graph: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """AOTAutograd keeps the dispatcher in Python while a joint graph's passes run: each call then takes ten times as long."""
+    """AOTAutograd keeps the dispatcher in Python while a joint graph's passes run, and the stack is deep: calls take longer."""
     seen: list[bool] = []
 
     class Trials(cost._Trials):
@@ -106,12 +107,14 @@ def test_calls_are_timed_as_they_are_outside_a_compilation(graph: str, monkeypat
             seen.append(torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PythonDispatcher))
             super().__init__(*of)
             seen.append(isinstance(self.x, FakeTensor))
+            seen.append(torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+            seen.append(len(inspect.stack(context=0)) > 20)
 
     monkeypatch.setattr(cost, "_Trials", Trials)
     model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)), torch.randn(8, 32)
-    with torch.set_grad_enabled(graph == "training"):
+    with torch.set_grad_enabled(graph == "training"), torch.autocast("cpu"):
         torch.compile(model, backend="switchback", options={"include": "*"})(x)
-    assert seen == [False, False]
+    assert seen == [False] * 4
 
 
 def test_only_the_first_to_ask_for_rates_prepares_them(
@@ -146,13 +149,16 @@ def test_the_gpu_that_is_measured_is_the_current_one(monkeypatch: pytest.MonkeyP
         yield
         current.pop()
 
-    def measure(device: torch.device, dtype: torch.dtype, by_block: bool) -> tuple[float, DeviceRates]:
+    def trials(device: torch.device, dtype: torch.dtype, by_block: bool) -> Any:
         assert current[-1] == device.index
-        return 1.0, RATES
+        return mock.MagicMock()
 
     monkeypatch.setattr(torch.cuda, "device", on)
-    monkeypatch.setattr(cost, "_measure_current", measure)
-    assert cost._measure(torch.device("cuda", 2), torch.float32, False) is RATES and current == [0]
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    monkeypatch.setattr(cost, "_Trials", trials)
+    with cost._trials(torch.device("cuda", 2), torch.float32, False):
+        assert current == [0, 2]
+    assert current == [0]
 
 
 class Cast(nn.Module):
@@ -255,7 +261,7 @@ def test_a_gpu_that_others_use_is_measured_again(
 ) -> None:
     attempts = [(spread, dataclasses.replace(RATES, matmul=number)) for number, spread in enumerate(spreads)]
     left = iter(attempts)
-    monkeypatch.setattr(cost, "_measure_current", lambda *of: next(left))
+    monkeypatch.setattr(cost, "_measure_once", lambda *of: next(left))
     monkeypatch.setattr(cost, "_on", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake GPU")
     with warnings.catch_warnings(record=True) as seen:
@@ -400,7 +406,25 @@ def test_a_kernel_that_also_computes_what_it_quantises_takes_the_host_as_long(mo
         report = swcompile.explain(model, torch.ones(64, 256), include="*", fuse=fuse)
         (decision,) = (d for d in report.decisions if (d.parameter, d.role) == ("2.weight", Role.OUTPUT))
         speedups[fuse] = decision.speedup
-    assert speedups[True] == speedups[False] == pytest.approx((2 * 64 * 512 * 256 / 1e12 + 1e-6) / 3.502e-3, rel=1e-6)
+    between = 2 * (4 * 64 * (512 + 256) / 1e12 + 1e-6)
+    assert speedups[True] == speedups[False] == pytest.approx((2 * 64 * 512 * 256 / 1e12 + 1e-6 + between) / 3.502e-3, rel=1e-6)
+
+
+def test_kernels_between_matmuls_keep_the_device_busy_while_the_host_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(*[nn.Linear(256, 256) for _ in range(8)]).requires_grad_(False), torch.ones(512, 256)
+
+    def speedups(quantize_call: float) -> list[float | None]:
+        rates = dataclasses.replace(RATES, matmul_call=0.0, quantize_call=quantize_call)
+        monkeypatch.setattr(cost, "device_rates", lambda *of: rates)
+        return [d.speedup for d in swcompile.explain(model, x, include="*").decisions]
+
+    alone = speedups(0.0)
+    assert len({*alone}) == 1 and alone[0] is not None
+    matmul = (2 * 512 * 256 * 256 / RATES.matmul + RATES.kernel) / alone[0]  # in int8, with its quantisation
+    between = 2 * (4 * 512 * (256 + 256) / RATES.quantize + RATES.kernel)
+    calls = 4  # of the matmul, of its activation's quantisation and of its weight's two
+    assert speedups((matmul + 0.9 * between) / calls) == alone
+    assert speedups((matmul + 1.1 * between) / calls) != alone
 
 
 def test_where_the_host_would_be_the_bottleneck_launches_count(monkeypatch: pytest.MonkeyPatch) -> None:
