@@ -19,7 +19,7 @@ def header(title: str) -> str:
     """Title, date, GPU, versions and the command, whatever file it writes."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     versions = f"torch {torch.__version__}, Triton {triton.__version__}, Python {sys.version.split()[0]}"
-    command = re.sub(r" --output[ =]\S+", "", " ".join(["python", *sys.argv]))
+    command = re.sub(r" --(output|plot)[ =]\S+", "", " ".join(["python", *sys.argv]))
     return f"# {title}\n\n{datetime.date.today()}, {gpu}, {versions}\n\n`{command}`"
 
 

@@ -17,6 +17,7 @@ from uuid import uuid4
 
 import sympy
 import torch
+from torch import fx
 from torch._inductor import config as inductor_config
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx.experimental.sym_node import SymNode
@@ -53,7 +54,6 @@ from swcompile.recipe import GemmFormat, Role, Scaling
 from swcompile.values import unrounded
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-Result = TypeVar("Result")
 MIN_SPEEDUP = 1.03
 """What 8 bit has to be worth at least: near 1 a prediction may be on the wrong side, and 8 bit rounds."""
 
@@ -82,6 +82,8 @@ class DeviceRates:
     """Seconds that the host spends on launching a matmul; 0 on a CPU, where it is part of `kernel`."""
     quantize_call: float
     """Seconds that the host spends on launching one of our kernels; likewise."""
+    spread: float = 1.0
+    """By what factor timings of one call differed at most: by much where other programs used the device, too."""
 
 
 class Candidate(NamedTuple):
@@ -118,7 +120,7 @@ class _Original(NamedTuple):
     seconds: float
     """Of the device."""
     between: float
-    """Seconds that the device spends on the kernels between this matmul and the next, at least."""
+    """Seconds that the device spends on the kernels between this matmul and the next, by `_BETWEEN`."""
     call: float
     """Seconds that the host takes to launch a kernel of PyTorch's or Inductor's."""
 
@@ -136,16 +138,11 @@ class _Times(NamedTuple):
     quantized_host: float
     """Likewise with the kernels behind it."""
 
-    @property
-    def prediction(self) -> Prediction:
-        """What counts where the device is the bottleneck."""
-        return Prediction(self.original.seconds / self.quantized)
-
     def with_launches(self) -> Prediction:
-        """What counts where the host is the bottleneck."""
+        """What counts where the host is the bottleneck: it launches the next kernels while the device runs those between."""
         seconds, between, _ = self.original
-        speedup = max(seconds + between, self.original.host) / max(self.quantized + between, self.quantized_host)
-        return Prediction(speedup, launches_decide=speedup < MIN_SPEEDUP <= self.prediction.speedup)
+        speedup = max(seconds, self.original.host - between) / max(self.quantized, self.quantized_host - between)
+        return Prediction(speedup, launches_decide=speedup < MIN_SPEEDUP <= seconds / self.quantized)
 
 
 def predict_speedups(
@@ -154,7 +151,8 @@ def predict_speedups(
     """How much faster each matmul would be in 8 bit.
 
     Device time decides as long as the device is the bottleneck. Where the host would take longer to launch this graph
-    than the device to run it (and no CUDA graph launches it), the longer of both counts.
+    than the device to run it (and no CUDA graph launches it), the longer of both counts. That is asked about a graph all
+    of whose candidates are worth it by device time: as long as one is not, device time decides.
 
     Args:
         candidates: the matmuls of one graph that may be rewritten.
@@ -167,8 +165,11 @@ def predict_speedups(
     rest = [_original(matmul, rates) for matmul in others if matmul.node.meta["val"].dtype in dtypes]
     device = sum(t.quantized + t.original.between for t in times) + sum(t.seconds + t.between for t in rest)
     host = sum(t.quantized_host for t in times) + sum(t.host for t in rest)
-    is_device_bound = host <= device or inductor_config.triton.cudagraphs
-    return [t.prediction if is_device_bound else t.with_launches() for t in times]
+    by_device = [Prediction(t.original.seconds / t.quantized) for t in times]
+    is_settled = all(prediction.speedup >= MIN_SPEEDUP for prediction in by_device)
+    if host <= device or not is_settled or inductor_config.triton.cudagraphs:
+        return by_device
+    return [t.with_launches() for t in times]
 
 
 def _original(matmul: Matmul, rates: DeviceRates | None) -> _Original:
@@ -176,18 +177,28 @@ def _original(matmul: Matmul, rates: DeviceRates | None) -> _Original:
     rates = rates or device_rates(value.device, value.dtype)
     m, n, k = _shape(matmul)
     itemsize = value.dtype.itemsize
-    work = Work(flops=2 * m * n * k, bytes=itemsize * (m * k + n * k + m * n))
+    num_read = _num_elements(matmul.lhs) + _num_elements(matmul.rhs)
+    work = Work(flops=2 * m * n * k, bytes=itemsize * (num_read + m * n))
     seconds = max(work.flops / rates.matmul + m * n * rates.output, work.bytes / rates.quantize)
-    activation = n * k if matmul.weight_on_left else m * k
     # Those of a weight's gradient are read and written around other matmuls, and its result by the optimizer alone.
-    moved = 0 if matmul.role is Role.GRAD_WEIGHT else itemsize * (activation + m * n)
+    moved = 0 if matmul.role is Role.GRAD_WEIGHT else itemsize * (_num_elements(_activation(matmul)) + m * n)
     return _Original(seconds + rates.kernel, _BETWEEN * (moved / rates.quantize + rates.kernel), rates.matmul_call)
 
 
 _BETWEEN = 2.0
-"""Kernels between two matmuls, of norms, attention and activations. A step of an encoder took the host as long as two and a half
-for each matmul; one that quantises takes the place of some of them, and is counted as well. On the device each reads and writes
-as much as the activation and the result of a matmul hold: no more than half of what they took in a ViT."""
+"""Kernels between two matmuls, of norms, attention and activations: an estimate, whatever the graph has. A step of an encoder took the
+host as long as two and a half for each matmul; one that quantises takes the place of some of them, and is counted as well. On the
+device each reads and writes as much as the activation and the result hold, of a matmul that is none for a weight's gradient: half of
+what they took in a ViT."""
+
+
+def _activation(matmul: Matmul) -> fx.Node:
+    """The operand that is not the weight."""
+    return matmul.rhs if matmul.weight_on_left else matmul.lhs
+
+
+def _num_elements(node: fx.Node) -> int:
+    return math.prod(bucketed(size) for size in node.meta["val"].shape)
 
 
 def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
@@ -200,7 +211,7 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     weight = matmul.lhs if matmul.weight_on_left else matmul.rhs
     weight_rows = bucketed(weight.meta["val"].shape[-2 if matmul.weight_on_left else -1])
     weight_itemsize = unrounded(weight)[0].meta["val"].dtype.itemsize  # under autocast, of the parameter itself
-    other_rows = m + n - weight_rows
+    other_rows = _num_elements(_activation(matmul)) // k
 
     multiply = scaled_mm_work(m, n, k, itemsize)
     # An operand with one scale is read twice, and takes two kernels: one for its absmax, unless another matmul has found
@@ -289,7 +300,7 @@ def _symbol_hint(symbol: sympy.Symbol, shape_env: ShapeEnv) -> int:
 def device_rates(device: torch.device, dtype: torch.dtype, by_block: bool = False) -> DeviceRates:
     """Rates of a device for a dtype, and for int8 with scales by block or without.
 
-    Measured once (a second or two, and kernel tuning), then read from a file in Inductor's cache folder, where the first
+    Measured once (a second or two, up to three times that on a GPU that others use, and kernel tuning), then read from a file in Inductor's cache folder, where the first
     process to write decides for all that share it.
 
     The rates are those of the device's model: GPUs of one name get the same, so ranks decide alike.
@@ -303,6 +314,7 @@ def device_rates(device: torch.device, dtype: torch.dtype, by_block: bool = Fals
             name = {_IDENTITY: _identity(key)}
             measured = _measure(device, dtype, by_block)
             rates = _rates_from(file.add(key, dataclasses.asdict(measured) | name, instead_of=name)) or measured
+        _check_steady(rates, device, dtype)
         _known[key] = rates
     return _known[key]
 
@@ -413,19 +425,24 @@ def _measure(device: torch.device, dtype: torch.dtype, by_block: bool) -> Device
 
     On a CPU other programs are the rule, and each timing is the shortest of a few.
     """
-    measured: list[tuple[float, DeviceRates]] = []
+    measured: list[DeviceRates] = []
     for _ in range(_ATTEMPTS):
         measured.append(_in_a_thread(_measure_once, device, dtype, by_block))
-        spread, rates = min(measured, key=lambda pair: pair[0])
-        if spread <= _STEADY or device.type == "cpu":
-            return rates
-    warnings.warn(
-        f"{torch.cuda.get_device_name(device)} seems to be in use by other programs: while its rates were measured, one call took "
-        f"{spread:.1f} times as long as another of its kind. So matmuls may be left in {str(dtype).removeprefix('torch.')}, or taken to int8, where "
-        f"the other is faster. Delete {_rates_file().path} when the GPU is idle, and the next compilation measures again",
-        stacklevel=2,
-    )
-    return rates
+        if measured[-1].spread <= _STEADY or device.type == "cpu":
+            break
+    return min(measured, key=lambda rates: rates.spread)
+
+
+def _check_steady(rates: DeviceRates, device: torch.device, dtype: torch.dtype) -> None:
+    """Warn of rates, whoever measured them, that may decide for the slower of two formats."""
+    if device.type == "cuda" and rates.spread > _STEADY:
+        own = str(dtype).removeprefix("torch.")
+        warnings.warn(
+            f"{torch.cuda.get_device_name(device)} seems to have been in use by other programs: when its rates were measured, one call "
+            f"took {rates.spread:.1f} times as long as another of its kind. So matmuls may be left in {own}, or taken to int8, where "
+            f"the other is faster. Delete {_rates_file().path} while the GPU is idle, and the next process measures again",
+            stacklevel=2,
+        )
 
 
 _ATTEMPTS = 3
@@ -434,12 +451,15 @@ _STEADY = 1.4
 or more off, 1.5 to 23."""
 
 
-def _in_a_thread(run: Callable[..., Result], *arguments: Any) -> Result:
+_Result = TypeVar("_Result")
+
+
+def _in_a_thread(run: Callable[..., _Result], *arguments: Any) -> _Result:
     """What a function returns that runs in a thread of its own, where calls are as fast as in a training step.
 
-    Who compiles has modes on (fake tensors, the dispatcher in Python, autocast), which are a thread's own, and a deep stack.
-    Python keeps its frames in chunks: where the stack ends with one, each call allocates the next and frees it, which takes
-    longer than launching a kernel.
+    Who compiles has modes on (fake tensors, the dispatcher in Python, autocast) and Inductor's options patched, which are a
+    thread's own, and a deep stack. Python keeps its frames in chunks: where the stack ends with one, each call allocates the
+    next and frees it. An op, which makes several, was seen to take two to three times as long.
     """
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(run, *arguments).result()
@@ -460,10 +480,10 @@ class _Trials:
         self.x = torch.randn(rows, size, device=device, dtype=dtype)
         self.weight = torch.randn(size, size, device=device, dtype=dtype)
         self.small, self.small_weight = self.x[:16, :16].contiguous(), self.weight[:16, :16].contiguous()
-        self._ones = torch.ones(rows, 1, device=device)
+        self._ones = torch.ones(rows, 1, device=device, dtype=torch.float32)
         self._rounded = _rounded(self.x)
         if by_block:  # sums over the rows, as a weight's gradient does; as many operations
-            self._scales = torch.ones(num_blocks(rows), size, device=device)
+            self._scales = torch.ones(num_blocks(rows), size, device=device, dtype=torch.float32)
             self.quantized = [self._rounded.t().contiguous()] * 2
         else:
             self.quantized = [self._rounded, _rounded(self.weight)]
@@ -508,8 +528,7 @@ def _trials(device: torch.device, dtype: torch.dtype, by_block: bool) -> Iterato
         yield _Trials(device, dtype, by_block)
 
 
-def _measure_once(device: torch.device, dtype: torch.dtype, by_block: bool) -> tuple[float, DeviceRates]:
-    """A device's rates, behind the factor by which timings of one call differed."""
+def _measure_once(device: torch.device, dtype: torch.dtype, by_block: bool) -> DeviceRates:
     on_gpu = device.type == "cuda"
     clock = _Clock(_gpu_seconds if on_gpu else _cpu_seconds)
     with _trials(device, dtype, by_block) as trials:
@@ -529,17 +548,19 @@ def _measure_once(device: torch.device, dtype: torch.dtype, by_block: bool) -> t
         quantized, quantized_output = _matmul_rates(trials.quantized_matmul, trials.quantized, clock, kernel, max)
         (columns,) = clock(trials.quantize_columns)
         columns_work = quantize_blockwise_transpose_work if by_block else quantize_columnwise_transpose_work
-        return clock.spread, DeviceRates(
+        transpose = transpose_work(rows, size).bytes / clock(trials.transpose)[0] if by_block else 0.0
+        return DeviceRates(
             matmul=matmul,
             output=output,
             quantized_matmul=quantized,
             quantized_output=quantized_output,
             quantize=quantize_rowwise_work(rows, size, dtype.itemsize).bytes / quantize,
             quantize_columns=columns_work(rows, size, dtype.itemsize).bytes / columns,
-            transpose=transpose_work(rows, size).bytes / clock(trials.transpose)[0] if by_block else 0.0,
+            transpose=transpose,
             kernel=kernel,
             matmul_call=_host_seconds(lambda: trials.small @ trials.small_weight) if on_gpu else 0.0,
             quantize_call=_host_seconds(trials.quantize_small) if on_gpu else 0.0,
+            spread=clock.spread,
         )
 
 

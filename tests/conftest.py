@@ -13,18 +13,18 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the workers share the cores; re
 import pytest
 import torch
 from filelock import FileLock
-from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-# Tests that run at once on a GPU measure it while the others use it: what they find is not for the user's own programs.
-if Path(cache_dir()).name != "swcompile_tests":  # which the workers find set
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache_dir(), "swcompile_tests"))
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 from processes import compile_quickly
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from swcompile import backend
+
+# Tests that run at once on a GPU measure it while the others use it: what they find is not for the user's own programs.
+if Path(cache_dir()).name != "swcompile_tests":  # which the workers find set
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache_dir(), "swcompile_tests"))
 
 compile_quickly()
 # pytest puts its handlers on every logger that does not propagate, and PyTorch takes the time to write a trace of all

@@ -44,7 +44,7 @@ from swcompile import cost
 arguments = json.loads(sys.argv[1])
 # int8 takes 1 ms more to launch and is 1000 times as fast: it pays for many tokens.
 rates = dict(matmul=1e9, output=0.0, quantized_matmul=1e12, quantized_output=0.0, quantize=1e12, quantize_columns=1e12, transpose=0.0)
-rates |= dict(kernel=1e-3, matmul_call=0.0, quantize_call=0.0, identity="made up")
+rates |= dict(kernel=1e-3, matmul_call=0.0, quantize_call=0.0, spread=1.0, identity="made up")
 file = Path(cache_dir()) / "swcompile" / "device_rates.json"
 file.parent.mkdir(parents=True, exist_ok=True)
 file.write_text(json.dumps({cost._device_key(torch.device("cpu"), torch.float32): rates}))

@@ -5,6 +5,8 @@ import dataclasses
 import inspect
 import itertools
 import json
+import math
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,9 +21,10 @@ from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 import swcompile
-from swcompile import Role, cost
+from swcompile import Role, cost, make_recipe
 from swcompile.backend import _dtypes
-from swcompile.cost import DeviceRates, device_rates, rates_identity
+from swcompile.cost import Candidate, DeviceRates, device_rates, rates_identity
+from swcompile.graph import Matmul, matmuls
 from swcompile.joint import parameter_names
 from swcompile.kernels import measurements
 
@@ -124,10 +127,10 @@ def test_only_the_first_to_ask_for_rates_prepares_them(
 
     @contextlib.contextmanager
     def trials(*of: Any) -> Iterator[Any]:
+        assert threading.current_thread() is not threading.main_thread(), "there modes are on"
         yield mock.MagicMock(all=list)
 
     monkeypatch.setattr(cost, "_trials", trials)
-    monkeypatch.setattr(cost, "_on", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(cost, "compile_elsewhere", lambda launches, device: [])  # Inductor's processes are still to start
     monkeypatch.setattr(cost, "compile_here", lambda launches, device: started.append(device) or [])
     for _ in range(2):
@@ -140,7 +143,7 @@ def test_only_the_first_to_ask_for_rates_prepares_them(
     assert started == [gpu] and measured == [gpu]
 
 
-def test_the_gpu_that_is_measured_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_whose_tensors_are_made_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     current = [0]
 
     @contextlib.contextmanager
@@ -259,18 +262,47 @@ def test_a_folder_that_cannot_be_used_fails_no_compilation(
 def test_a_gpu_that_others_use_is_measured_again(
     device: str, spreads: list[float], taken: int, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attempts = [(spread, dataclasses.replace(RATES, matmul=number)) for number, spread in enumerate(spreads)]
+    attempts = [dataclasses.replace(RATES, matmul=number + 1, spread=spread) for number, spread in enumerate(spreads)]
     left = iter(attempts)
     monkeypatch.setattr(cost, "_measure_once", lambda *of: next(left))
-    monkeypatch.setattr(cost, "_on", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake GPU")
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        assert cost._measure(torch.device(device), torch.bfloat16, False) == attempts[taken][1]
-    assert not list(left), "all that were expected"
-    told = [str(w.message) for w in seen]
-    assert len(told) == (len(spreads) == 3)
-    assert all("Fake GPU" in text and "1.6 times" in text and f"Delete {file}" in text for text in told)
+    for _ in range(2):  # and another process, which reads what the first has measured
+        forget()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                assert device_rates(torch.device(device), torch.bfloat16) == attempts[taken]
+        assert not list(left), "all that were expected"
+        told = [str(w.message) for w in seen]
+        assert len(told) == (len(spreads) == 3)
+        assert all("Fake GPU" in text and "1.6 times" in text and f"Delete {file}" in text for text in told)
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+def test_every_timing_of_the_device_counts_for_its_spread(by_block: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spread(slow: int) -> tuple[float, int]:
+        """Where the timing of that number takes twice as long as the others, and how many there are."""
+        number = itertools.count()
+        monkeypatch.setattr(cost, "_cpu_seconds", lambda run: 2e-3 if next(number) == slow else 1e-3)
+        return cost._measure_once(CPU, torch.float32, by_block).spread, next(number)
+
+    assert spread(-1) == (1.0, num_timings := 3 * (9 + by_block))
+    assert {spread(slow)[0] for slow in range(num_timings)} == {2.0}
+
+
+def test_a_default_dtype_is_nothing_to_the_scales() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for by_block in (False, True):
+            assert cost._measure_once(CPU, torch.float32, by_block).matmul > 0
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_random_numbers_go_on_as_if_nothing_had_been_measured() -> None:
+    state = torch.get_rng_state()
+    cost._measure(CPU, torch.float32, False)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_timings_of_several_calls_take_turns() -> None:
@@ -407,7 +439,77 @@ def test_a_kernel_that_also_computes_what_it_quantises_takes_the_host_as_long(mo
         (decision,) = (d for d in report.decisions if (d.parameter, d.role) == ("2.weight", Role.OUTPUT))
         speedups[fuse] = decision.speedup
     between = 2 * (4 * 64 * (512 + 256) / 1e12 + 1e-6)
-    assert speedups[True] == speedups[False] == pytest.approx((2 * 64 * 512 * 256 / 1e12 + 1e-6 + between) / 3.502e-3, rel=1e-6)
+    assert speedups[True] == speedups[False] == pytest.approx((2 * 64 * 512 * 256 / 1e12 + 1e-6) / (3.502e-3 - between), rel=1e-6)
+
+
+def test_a_refusal_by_device_time_comes_before_the_host_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In int8 the small layers would keep the host busy, and they are left alone: it is no bottleneck for the others."""
+    monkeypatch.setattr(cost, "device_rates", lambda *of: dataclasses.replace(RATES, quantize_call=150e-6))
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.large, self.medium, self.small = (
+                nn.Sequential(*[nn.Linear(size, size) for _ in range(number)]) for size, number in ((1024, 4), (256, 4), (16, 40))
+            )
+
+        def forward(self, large: torch.Tensor, medium: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
+            return self.large(large).sum() + self.medium(medium).sum() + self.small(small).sum()
+
+    inputs = [torch.ones(4096, size) for size in (1024, 256, 16)]
+    report = swcompile.explain(Mixed().requires_grad_(False), *inputs, include="*")
+    assert [d.rewritten for d in report.decisions] == [d.shape[2] > 16 for d in report.decisions]
+    assert not any("time to launch" in d.reason for d in report.decisions)
+
+
+def traced(model: nn.Module, *inputs: torch.Tensor) -> dict[Role, Matmul]:
+    """The matmuls of a model that has one of each role."""
+    return {matmul.role: matmul for matmul in matmuls(swcompile.capture(model, *inputs).graph)}
+
+
+class Folded(nn.Module):
+    """A matmul whose weight is the left operand, of each matrix of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(512, 256))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(self.weight.expand(x.shape[0], -1, -1), x)
+
+
+def test_what_is_read_and_written_between_matmuls() -> None:
+    found = traced(nn.Linear(256, 512), torch.randn(1024, 256, requires_grad=True))
+    between = {role: cost._original(matmul, RATES).between for role, matmul in found.items()}
+    moved = 4 * (1024 * 256 + 1024 * 512)
+    expected = 2 * (moved / RATES.quantize + RATES.kernel)
+    assert between[Role.OUTPUT] == between[Role.GRAD_INPUT] == pytest.approx(expected)
+    assert between[Role.GRAD_WEIGHT] == pytest.approx(2 * RATES.kernel), "its operands were counted, its result is for the optimizer"
+
+    on_left = traced(Folded(), torch.randn(16, 256, 1024))[Role.OUTPUT]
+    assert on_left.weight_on_left
+    moved = 4 * 16 * (256 * 1024 + 512 * 1024)
+    assert cost._original(on_left, RATES).between == pytest.approx(2 * (moved / RATES.quantize + RATES.kernel))
+    gemm = make_recipe({}).format_of(Role.OUTPUT)
+    assert gemm is not None
+    times = [cost._times(Candidate(on_left, gemm, sharers), RATES).quantized for sharers in (1, 10**9)]
+    rows = 16 * 1024 * (256 * (4 + 1) + 4) / RATES.quantize
+    assert times[0] - times[1] == pytest.approx(rows + RATES.kernel, rel=1e-3), "each row of x, of each matrix"
+
+
+def test_other_matmuls_keep_the_device_busy_and_the_host_too() -> None:
+    found = traced(nn.Linear(256, 512), torch.randn(1024, 256, requires_grad=True))
+    gemm = make_recipe({}).format_of(Role.OUTPUT)
+    assert gemm is not None
+    candidate, others = Candidate(found[Role.OUTPUT], gemm, 1), [found[Role.GRAD_INPUT]]
+    rates = dataclasses.replace(RATES, matmul_call=5e-5, quantize_call=1e-3)
+    times, other = cost._times(candidate, rates), cost._original(*others, rates)
+    ahead = other.seconds + other.between - 3 * 5e-5  # the host is, of the device, with the matmul and two kernels behind it
+    assert 0 < other.between < ahead
+    number = (times.quantized_host - times.quantized - times.original.between) / ahead
+    for enough in (False, True):
+        (prediction,) = cost.predict_speedups([candidate], others * (math.floor(number) + enough), rates=rates)
+        assert (prediction.speedup == times.original.seconds / times.quantized) == enough
 
 
 def test_kernels_between_matmuls_keep_the_device_busy_while_the_host_launches(monkeypatch: pytest.MonkeyPatch) -> None:
