@@ -438,7 +438,7 @@ def test_a_kernel_that_also_computes_what_it_quantises_takes_the_host_as_long(mo
         report = swcompile.explain(model, torch.ones(64, 256), include="*", fuse=fuse)
         (decision,) = (d for d in report.decisions if (d.parameter, d.role) == ("2.weight", Role.OUTPUT))
         speedups[fuse] = decision.speedup
-    between = 2 * (4 * 64 * (512 + 256) / 1e12 + 1e-6)
+    between = 2 * (2 * 4 * 64 * (512 + 256) / 1e12 + 1e-6)
     assert speedups[True] == speedups[False] == pytest.approx((2 * 64 * 512 * 256 / 1e12 + 1e-6) / (3.502e-3 - between), rel=1e-6)
 
 
@@ -481,14 +481,14 @@ class Folded(nn.Module):
 def test_what_is_read_and_written_between_matmuls() -> None:
     found = traced(nn.Linear(256, 512), torch.randn(1024, 256, requires_grad=True))
     between = {role: cost._original(matmul, RATES).between for role, matmul in found.items()}
-    moved = 4 * (1024 * 256 + 1024 * 512)
+    moved = 2 * 4 * (1024 * 256 + 1024 * 512)
     expected = 2 * (moved / RATES.quantize + RATES.kernel)
     assert between[Role.OUTPUT] == between[Role.GRAD_INPUT] == pytest.approx(expected)
     assert between[Role.GRAD_WEIGHT] == pytest.approx(2 * RATES.kernel), "its operands were counted, its result is for the optimizer"
 
     on_left = traced(Folded(), torch.randn(16, 256, 1024))[Role.OUTPUT]
     assert on_left.weight_on_left
-    moved = 4 * 16 * (256 * 1024 + 512 * 1024)
+    moved = 2 * 4 * 16 * (256 * 1024 + 512 * 1024)
     assert cost._original(on_left, RATES).between == pytest.approx(2 * (moved / RATES.quantize + RATES.kernel))
     gemm = make_recipe({}).format_of(Role.OUTPUT)
     assert gemm is not None
@@ -523,7 +523,7 @@ def test_kernels_between_matmuls_keep_the_device_busy_while_the_host_launches(mo
     alone = speedups(0.0)
     assert len({*alone}) == 1 and alone[0] is not None
     matmul = (2 * 512 * 256 * 256 / RATES.matmul + RATES.kernel) / alone[0]  # in int8, with its quantisation
-    between = 2 * (4 * 512 * (256 + 256) / RATES.quantize + RATES.kernel)
+    between = 2 * (2 * 4 * 512 * (256 + 256) / RATES.quantize + RATES.kernel)
     calls = 4  # of the matmul, of its activation's quantisation and of its weight's two
     assert speedups((matmul + 0.9 * between) / calls) == alone
     assert speedups((matmul + 1.1 * between) / calls) != alone
