@@ -211,7 +211,9 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     weight = matmul.lhs if matmul.weight_on_left else matmul.rhs
     weight_rows = bucketed(weight.meta["val"].shape[-2 if matmul.weight_on_left else -1])
     weight_itemsize = unrounded(weight)[0].meta["val"].dtype.itemsize  # under autocast, of the parameter itself
-    other_rows = _num_elements(_activation(matmul)) // k
+    sizes = [bucketed(size) for size in _activation(matmul).meta["val"].shape]
+    del sizes[-2 if matmul.weight_on_left else -1]  # what is summed
+    other_rows = math.prod(sizes)
 
     multiply = scaled_mm_work(m, n, k, itemsize)
     # An operand with one scale is read twice, and takes two kernels: one for its absmax, unless another matmul has found
