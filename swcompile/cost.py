@@ -181,7 +181,7 @@ def _original(matmul: Matmul, rates: DeviceRates | None) -> _Original:
     work = Work(flops=2 * m * n * k, bytes=itemsize * (num_read + m * n))
     seconds = max(work.flops / rates.matmul + m * n * rates.output, work.bytes / rates.quantize)
     # Those of a weight's gradient are read and written around other matmuls, and its result by the optimizer alone.
-    touched = 0 if matmul.role is Role.GRAD_WEIGHT else itemsize * (_num_elements(_activation(matmul)) + m * n)
+    touched = 0 if matmul.role is Role.GRAD_WEIGHT else itemsize * (_num_elements(matmul.other_operand) + m * n)
     return _Original(seconds + rates.kernel, _BETWEEN * (2 * touched / rates.quantize + rates.kernel), rates.matmul_call)
 
 
@@ -190,11 +190,6 @@ _BETWEEN = 2.0
 host as long as two and a half for each matmul; one that quantises takes the place of some of them, and is counted as well. On the
 device each reads as much as the activation and the result hold, of a matmul that is none for a weight's gradient, and writes as much:
 that is what they took in this encoder (8 ms) and in 8 layers of a ViT-H (25 ms)."""
-
-
-def _activation(matmul: Matmul) -> fx.Node:
-    """The operand that is not the weight."""
-    return matmul.rhs if matmul.weight_on_left else matmul.lhs
 
 
 def _num_elements(node: fx.Node) -> int:
@@ -208,10 +203,10 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     rates = rates or device_rates(value.device, value.dtype, gemm.is_by_block)
     m, n, k = _shape(matmul)
     itemsize = value.dtype.itemsize
-    weight = matmul.lhs if matmul.weight_on_left else matmul.rhs
+    weight = matmul.weight_operand
     weight_rows = bucketed(weight.meta["val"].shape[-2 if matmul.weight_on_left else -1])
     weight_itemsize = unrounded(weight)[0].meta["val"].dtype.itemsize  # under autocast, of the parameter itself
-    sizes = [bucketed(size) for size in _activation(matmul).meta["val"].shape]
+    sizes = [bucketed(size) for size in matmul.other_operand.meta["val"].shape]
     del sizes[-2 if matmul.weight_on_left else -1]  # what is summed
     other_rows = math.prod(sizes)
 
@@ -302,8 +297,8 @@ def _symbol_hint(symbol: sympy.Symbol, shape_env: ShapeEnv) -> int:
 def device_rates(device: torch.device, dtype: torch.dtype, by_block: bool = False) -> DeviceRates:
     """Rates of a device for a dtype, and for int8 with scales by block or without.
 
-    Measured once (a second or two, up to three times that on a GPU that others use, and kernel tuning), then read from a file in Inductor's cache folder, where the first
-    process to write decides for all that share it.
+    Measured once (a second or two, up to three times that on a GPU that others use, and kernel tuning), then read from a
+    file in Inductor's cache folder, where the first process to write decides for all that share it.
 
     The rates are those of the device's model: GPUs of one name get the same, so ranks decide alike.
     """

@@ -115,7 +115,7 @@ def _impossible(matmul: Matmul, gemm: GemmFormat) -> str:
         batch = facts.sizes(matmul.node)[0]
         if matmul.role is Role.GRAD_WEIGHT:
             return f"a batch of {batch} products: the int8 kernel computes one"
-        if not _is_one_matrix(matmul.lhs if matmul.weight_on_left else matmul.rhs):
+        if not _is_one_matrix(matmul.weight_operand):
             return f"a batch of {batch} weights: the int8 kernel multiplies one"
     return ""
 

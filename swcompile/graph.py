@@ -68,6 +68,16 @@ class Matmul:
         return operands(self.node)[1]
 
     @property
+    def weight_operand(self) -> fx.Node:
+        """The operand that a `GemmFormat` calls weight: in ``grad_weight`` the activation."""
+        return self.lhs if self.weight_on_left else self.rhs
+
+    @property
+    def other_operand(self) -> fx.Node:
+        """The activation, or the gradient of the output."""
+        return self.rhs if self.weight_on_left else self.lhs
+
+    @property
     def number_format(self) -> NumberFormat | None:
         """The 8-bit format that it runs in, if it is rewritten already; its right operand then lies [N, K]."""
         return INT8 if self.node.target in (SCALED_MM, SCALED_MM_BLOCKWISE) else None

@@ -143,8 +143,8 @@ def test_only_the_first_to_ask_for_rates_prepares_them(
     assert started == [gpu] and measured == [gpu]
 
 
-def test_the_gpu_whose_tensors_are_made_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    current = [0]
+def test_the_gpu_that_is_measured_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, timed, made = [0], [], cost._Trials
 
     @contextlib.contextmanager
     def on(device: torch.device) -> Iterator[None]:
@@ -152,16 +152,22 @@ def test_the_gpu_whose_tensors_are_made_is_the_current_one(monkeypatch: pytest.M
         yield
         current.pop()
 
-    def trials(device: torch.device, dtype: torch.dtype, by_block: bool) -> Any:
+    def trials(device: torch.device, dtype: torch.dtype, by_block: bool) -> cost._Trials:
         assert current[-1] == device.index
-        return mock.MagicMock()
+        return made(CPU, dtype, by_block)
+
+    def seconds(run: Callable[[], object]) -> float:
+        timed.append(current[-1])
+        return 1e-3
 
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
     monkeypatch.setattr(cost, "_Trials", trials)
-    with cost._trials(torch.device("cuda", 2), torch.float32, False):
-        assert current == [0, 2]
-    assert current == [0]
+    for timer in ("_gpu_seconds", "_host_seconds"):
+        monkeypatch.setattr(cost, timer, seconds)
+    monkeypatch.setattr(cost, "run_together", lambda runs, device: None)
+    assert cost._measure(torch.device("cuda", 2), torch.float32, False).kernel > 1e-3
+    assert current == [0] and timed == [2] * (3 * 9 + 2)
 
 
 class Cast(nn.Module):

@@ -115,7 +115,7 @@ def _candidates(matmuls: Sequence[Matmul], recipe: Recipe) -> list[Candidate]:
     sharing = Counter(_activation_key(matmul, recipe) for matmul in matmuls)
     readers = Counter(_weight_key(matmul) for matmul in matmuls)
     scale_readers = Counter(_weight_key(matmul)[0] for matmul in matmuls if _keeps_scale(matmul, recipe))
-    by_token = Counter(values.source_of(_activation(matmul)) for matmul in matmuls if matmul.role is Role.GRAD_WEIGHT)
+    by_token = Counter(values.source_of(matmul.other_operand) for matmul in matmuls if matmul.role is Role.GRAD_WEIGHT)
     nodes = {matmul.node for matmul in matmuls}
     candidates = []
     for matmul in matmuls:
@@ -125,9 +125,9 @@ def _candidates(matmuls: Sequence[Matmul], recipe: Recipe) -> list[Candidate]:
         is_held = readers[_weight_key(matmul)] == 1 and _can_be_held(matmul, gemm)
         weight_passes = recipe.micro_batches if is_held else 1
         scale_sharers = scale_readers[_weight_key(matmul)[0]] if _keeps_scale(matmul, recipe) else 1
-        fuses = _activation(matmul).meta["val"].device.type in fused_devices(recipe)
+        fuses = matmul.other_operand.meta["val"].device.type in fused_devices(recipe)
         is_fused = fuses and _will_be_fused(matmul, gemm)
-        transpose_sharers = by_token[values.source_of(_activation(matmul))] if gemm.is_by_block else 1
+        transpose_sharers = by_token[values.source_of(matmul.other_operand)] if gemm.is_by_block else 1
         spares_gradient = gemm.is_by_block and is_fused and _reads_alone(matmul, nodes)
         candidates.append(
             Candidate(matmul, gemm, sharers, is_fused, weight_passes, scale_sharers, transpose_sharers, spares_gradient)
@@ -141,19 +141,14 @@ def _is_new(matmul: Matmul, decision: Decision) -> bool:
 
 def _activation_key(matmul: Matmul, recipe: Recipe) -> tuple[object, ...]:
     """Equal for matmuls that read the same quantised activation (or gradient), however it is viewed."""
-    activation, gemm = _activation(matmul), recipe.format_of(matmul.role)
+    activation, gemm = matmul.other_operand, recipe.format_of(matmul.role)
     by_rows = matmul.role is not Role.GRAD_WEIGHT or (gemm is not None and gemm.is_by_block)
     return values.source_of(activation), by_rows
 
 
-def _activation(matmul: Matmul) -> fx.Node:
-    """The operand that is not the weight; in ``grad_weight`` the gradient."""
-    return matmul.rhs if matmul.weight_on_left else matmul.lhs
-
-
 def _weight_key(matmul: Matmul) -> tuple[fx.Node, Role]:
     """Equal for matmuls that read the same weight in the same orientation."""
-    weight = matmul.lhs if matmul.weight_on_left else matmul.rhs
+    weight = matmul.weight_operand
     while weight.target == aten.permute.default or values.is_precision_cast(weight):
         (weight, *_) = weight.all_input_nodes
     return weight, matmul.role
@@ -180,7 +175,7 @@ def _keeps_scale(matmul: Matmul, recipe: Recipe) -> bool:
 
 def _will_be_fused(matmul: Matmul, gemm: GemmFormat) -> bool:
     """Whether `fuse_quantization`, where it runs, will most likely quantise the activation in the kernel that computes it."""
-    activation = _activation(matmul)
+    activation = matmul.other_operand
     if matmul.role is Role.GRAD_WEIGHT and not gemm.is_by_block:
         return False
     is_transposed = (matmul.role is Role.GRAD_WEIGHT) != matmul.weight_on_left
@@ -192,7 +187,7 @@ def _will_be_fused(matmul: Matmul, gemm: GemmFormat) -> bool:
 
 def _reads_alone(matmul: Matmul, readers: Collection[fx.Node]) -> bool:
     """Whether all that reads the activation (or gradient) are these, and sums that its kernel computes with it."""
-    *_, origin = values.derivation(_activation(matmul))
+    *_, origin = values.derivation(matmul.other_operand)
     pending = [origin]
     while pending:
         for user in pending.pop().users:

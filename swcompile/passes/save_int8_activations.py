@@ -56,7 +56,7 @@ def save_int8_activations(graph: fx.Graph) -> PassResult:
         if reader is None:
             continue
         decided = matmul.node.meta.get("rewritten_from", matmul.node.name)
-        operand = matmul.lhs if matmul.weight_on_left else matmul.rhs
+        operand = matmul.weight_operand
         if reader is not matmul.node:
             operand, token_scale = reader.all_input_nodes
             if operand.meta["val"].dtype == torch.int8:  # for another matmul of the same two
