@@ -27,7 +27,7 @@ from reporting import add_workloads, alone, header, markdown_table, write
 from torch import nn
 
 import swcompile
-from swcompile.cost import device_rates
+from swcompile.rates import device_rates
 
 BASELINE = "torch.compile bf16"
 

@@ -13,7 +13,7 @@ from torch._inductor.async_compile import maybe_warm_pool
 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swcompile.cost import rates_identity, size_buckets, start_measuring, symbolic_sizes
+from swcompile.cost import size_buckets, symbolic_sizes
 from swcompile.graph_pass import LateGraphPass
 from swcompile.joint import (
     JointPass,
@@ -28,6 +28,7 @@ from swcompile.kernels.launch import require_supported_gpu
 from swcompile.kernels.workers import prepare, threads
 from swcompile.passes import joint_passes, post_grad_passes
 from swcompile.pipeline import log, target_name
+from swcompile.rates import rates_identity, start_measuring
 from swcompile.recipe import Recipe
 from swcompile.report import Decision, Report
 

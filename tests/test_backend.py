@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import swcompile
 from swcompile import Role, backend, cost
+from swcompile.measuring import DeviceRates
 
 WIDTH, TOKENS = 64, 40
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -325,7 +326,7 @@ def test_seven_batch_sizes_compile_at_most_twice(
     dynamic: Any, skip_slower: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if skip_slower:  # decides in favour of int8 here, whatever this machine is
-        rates = cost.DeviceRates(
+        rates = DeviceRates(
             matmul=1e9, output=0.0, quantized_matmul=1e12, quantized_output=0.0, quantize=1e12, quantize_columns=1e12, transpose=0.0,
             kernel=1e-9, matmul_call=0.0, quantize_call=0.0,
         )  # fmt: skip

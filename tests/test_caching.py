@@ -39,15 +39,15 @@ import json, sys, torch, swcompile
 from pathlib import Path
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import cache_dir
-from swcompile import cost
+from swcompile import rates
 
 arguments = json.loads(sys.argv[1])
 # int8 takes 1 ms more to launch and is 1000 times as fast: it pays for many tokens.
-rates = dict(matmul=1e9, output=0.0, quantized_matmul=1e12, quantized_output=0.0, quantize=1e12, quantize_columns=1e12, transpose=0.0)
-rates |= dict(kernel=1e-3, matmul_call=0.0, quantize_call=0.0, spread=1.0, identity="made up")
+values = dict(matmul=1e9, output=0.0, quantized_matmul=1e12, quantized_output=0.0, quantize=1e12, quantize_columns=1e12, transpose=0.0)
+values |= dict(kernel=1e-3, matmul_call=0.0, quantize_call=0.0, spread=1.0, identity="made up")
 file = Path(cache_dir()) / "swcompile" / "device_rates.json"
 file.parent.mkdir(parents=True, exist_ok=True)
-file.write_text(json.dumps({cost._device_key(torch.device("cpu"), torch.float32): rates}))
+file.write_text(json.dumps({rates._device_key(torch.device("cpu"), torch.float32): values}))
 
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))

@@ -1,0 +1,111 @@
+"""How devices are measured: what is timed, where, and what follows from it."""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from swcompile import measuring
+
+CPU = torch.device("cpu")
+
+
+def test_the_gpu_that_is_measured_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, timed, made = [0], [], measuring._Trials
+
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device.index)
+        yield
+        current.pop()
+
+    def trials(device: torch.device, dtype: torch.dtype, by_block: bool) -> measuring._Trials:
+        assert current[-1] == device.index
+        return made(CPU, dtype, by_block)
+
+    def seconds(run: Callable[[], object]) -> float:
+        timed.append(current[-1])
+        return 1e-3
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    monkeypatch.setattr(measuring, "_Trials", trials)
+    for timer in ("_gpu_seconds", "_host_seconds"):
+        monkeypatch.setattr(measuring, timer, seconds)
+    monkeypatch.setattr(measuring, "run_together", lambda runs, device: None)
+    assert measuring.measure(torch.device("cuda", 2), torch.float32, False).kernel > 1e-3
+    assert current == [0] and timed == [2] * (3 * 9 + 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_second_gpu_is_measured_where_the_first_is_current() -> None:
+    for by_block in (False, True):
+        rates = measuring.measure(torch.device("cuda", 1), torch.bfloat16, by_block)
+        assert rates.kernel < 1e-3 and rates.quantized_matmul > rates.matmul > 1e13
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+def test_every_timing_of_the_device_counts_for_its_spread(by_block: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spread(slow: int) -> tuple[float, int]:
+        """Where the timing of that number takes twice as long as the others, and how many there are."""
+        number = itertools.count()
+        monkeypatch.setattr(measuring, "_cpu_seconds", lambda run: 2e-3 if next(number) == slow else 1e-3)
+        return measuring._measure_once(CPU, torch.float32, by_block).spread, next(number)
+
+    assert spread(-1) == (1.0, num_timings := 3 * (9 + by_block))
+    assert {spread(slow)[0] for slow in range(num_timings)} == {2.0}
+
+
+def test_timings_of_several_calls_take_turns() -> None:
+    times, order = iter([1.0, 9.0, 3.0, 8.0, 2.0, 7.0]), []
+    clock = measuring._Clock(lambda run: order.append(run()) or next(times))
+    assert clock(lambda: "a", lambda: "b") == [2.0, 8.0] and order == ["a", "b"] * 3
+    assert clock.spread == 3.0
+
+
+def test_a_default_dtype_is_nothing_to_the_scales() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for by_block in (False, True):
+            assert measuring._measure_once(CPU, torch.float32, by_block).matmul > 0
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_random_numbers_go_on_as_if_nothing_had_been_measured() -> None:
+    state = torch.get_rng_state()
+    measuring.measure(CPU, torch.float32, False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_host_that_is_busy_for_a_while_is_measured_when_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = itertools.count()
+    assert measuring._host_seconds(lambda: time.sleep(2e-3 if next(calls) < 40 else 0)) < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("whole", "part", "share", "expected"),
+    [(1.0, 0.5, 2, 0.0), (1.0, 0.6, 2, 0.2), (8.7, 1.7, 8, 0.7), (1.0, 0.1, 8, 0.0), (1.0, 1.5, 8, 0.5), (1.0, -0.1, 8, 0.0)],
+    ids=["all of it sums", "a part", "a part of an eighth", "less than nothing", "half of it at most", "noise"],
+)
+def test_what_of_a_matmul_does_not_grow_with_its_sums(whole: float, part: float, share: int, expected: float) -> None:
+    assert measuring._rest(whole, part, share) == pytest.approx(expected)
+
+
+def test_the_rates_of_a_matmul_are_found_by_sums_of_several_lengths() -> None:
+    a, b = torch.zeros(64, 512), torch.zeros(32, 512)
+    for pick, slow in ((min, 1e-9), (max, 3e-9)):  # kernels for sums of 64 and 32: one takes longer for its results
+        results = {512: 1e-9, 64: 1e-9, 32: 3e-9}
+
+        def seconds(run: Callable[[], object], results: dict[int, float] = results) -> float:
+            length = run.args[0].shape[1]
+            return 2 * 64 * 32 * length / 1e9 + 64 * 32 * results[length] + 1e-6
+
+        rate, output = measuring._matmul_rates(torch.mm, (a, b), measuring._Clock(seconds), 1e-6, pick)
+        assert output == pytest.approx(slow, rel=0.1) and rate == pytest.approx(1e9, rel=0.01)
