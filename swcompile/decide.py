@@ -71,7 +71,8 @@ def weigh(decision: Decision, prediction: Prediction, *, asked: bool) -> Decisio
     if prediction.speedup >= MIN_SPEEDUP:
         return decision
     verdict = "slower" if prediction.speedup < 1 else "hardly faster"
-    reason = f"{decision.number_format} would be {verdict}: predicted {prediction.speedup:.2f} times as fast"
+    how = "measured" if prediction.is_measured else "predicted"
+    reason = f"{decision.number_format} would be {verdict}: {how} {prediction.speedup:.2f} times as fast"
     if prediction.launches_decide:
         reason += ", for the time to launch it (none in a CUDA graph: mode='reduce-overhead')"
     return dataclasses.replace(decision, rewritten=False, number_format=None, reason=reason, violation=asked)

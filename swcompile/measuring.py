@@ -5,29 +5,19 @@ import dataclasses
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from swcompile.kernels.int8 import num_blocks
+from swcompile.calls import Call, Op
 from swcompile.kernels.launch import Launch
-from swcompile.kernels.quantize_blockwise import (
-    QUANTIZE_BLOCKWISE_TRANSPOSE,
-    quantize_blockwise_transpose_work,
-)
-from swcompile.kernels.quantize_columnwise import (
-    QUANTIZE_COLUMNWISE_TRANSPOSE,
-    quantize_columnwise_transpose_work,
-)
-from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE, quantize_rowwise_work
-from swcompile.kernels.quantize_tensorwise import QUANTIZE_BY_SCALE, QUANTIZE_TENSORWISE
-from swcompile.kernels.scaled_mm import SCALED_MM
-from swcompile.kernels.scaled_mm_blockwise import SCALED_MM_BLOCKWISE
+from swcompile.kernels.quantize_blockwise import quantize_blockwise_transpose_work
+from swcompile.kernels.quantize_columnwise import quantize_columnwise_transpose_work
+from swcompile.kernels.quantize_rowwise import quantize_rowwise_work
 from swcompile.kernels.timing import intervals_ms
-from swcompile.kernels.transpose import TRANSPOSE, transpose_work
+from swcompile.kernels.transpose import transpose_work
 from swcompile.kernels.tuning import launches_of, run_together
 from swcompile.kernels.workers import compile_elsewhere, compile_here, wait_for
 
@@ -60,23 +50,69 @@ class DeviceRates:
     """By what factor timings of one call differed at most."""
 
     @property
-    def is_steady(self) -> bool:
-        """Whether nothing else seems to have used a GPU meanwhile."""
-        return self.spread <= _STEADY
+    def gap(self) -> float:
+        """Seconds of `kernel` that go by only between kernels of different kinds."""
+        return self.kernel * (1 - 1 / _AMONG_OTHERS)
+
+
+class Timings(NamedTuple):
+    """What calls take among their equals: on a GPU the device, on a CPU all in all."""
+
+    seconds: dict[Call, float]
+    spread: float
+    """By what factor timings of one call differed at most."""
 
 
 def measure(device: torch.device, dtype: torch.dtype, by_block: bool) -> DeviceRates:
-    """Rates of a device for a dtype, and for int8 with scales by block or without.
+    """Rates of a device for a dtype, and for int8 with scales by block or without."""
+    trials = _Trials.of(device, dtype, by_block)
+    seconds, spread = time_calls(trials.all(), device)
+    matmul_call, quantize_call = 0.0, 0.0
+    kernel = seconds[trials.small]
+    if device.type == "cuda":
+        kernel *= _AMONG_OTHERS
+        small = Call(Op.MATMUL, (16, 16, 16), dtype)
+        matmul_call, quantize_call = (_in_a_thread(_host_seconds, call, device) for call in (small, trials.small))
+    columns_work = quantize_blockwise_transpose_work if by_block else quantize_columnwise_transpose_work
+    sizes = trials.quantize.sizes
+    # What speaks against 8 bit counts.
+    matmul, output = _matmul_rates(trials.matmuls, seconds, kernel, min)
+    quantized, quantized_output = _matmul_rates(trials.quantized_matmuls, seconds, kernel, max)
+    return DeviceRates(
+        matmul=matmul,
+        output=output,
+        quantized_matmul=quantized,
+        quantized_output=quantized_output,
+        quantize=quantize_rowwise_work(*sizes, dtype.itemsize).bytes / seconds[trials.quantize],
+        quantize_columns=columns_work(*sizes, dtype.itemsize).bytes / seconds[trials.quantize_columns],
+        transpose=transpose_work(*sizes).bytes / seconds[trials.transpose] if trials.transpose else 0.0,
+        kernel=kernel,
+        matmul_call=matmul_call,
+        quantize_call=quantize_call,
+        spread=spread,
+    )
 
-    A GPU is measured again where timings differ, as they do while other programs use it, and the steadiest rates count. On
-    a CPU other programs are the rule, and each timing is the shortest of a few.
+
+def time_calls(calls: Collection[Call], device: torch.device) -> Timings:
+    """Median seconds of each call, which take turns.
+
+    A GPU is timed again where timings differ, as they do while other programs use it, and the steadiest ones count. On a
+    CPU other programs are the rule, and each timing is the shortest of a few.
+
+    Raises:
+        torch.OutOfMemoryError: the operands of all calls do not fit in memory at once.
     """
-    measured: list[DeviceRates] = []
+    timings: list[Timings] = []
     for _ in range(_ATTEMPTS):
-        measured.append(_in_a_thread(_measure_once, device, dtype, by_block))
-        if measured[-1].is_steady or device.type == "cpu":
+        timings.append(_in_a_thread(_time_once, calls, device))
+        if is_steady(timings[-1].spread) or device.type == "cpu":
             break
-    return min(measured, key=lambda rates: rates.spread)
+    return min(timings, key=lambda timing: timing.spread)
+
+
+def is_steady(spread: float) -> bool:
+    """Whether a GPU seems to have done nothing else, by what factor timings of one call differed."""
+    return spread <= _STEADY
 
 
 _ATTEMPTS = 3
@@ -88,12 +124,15 @@ or more off, 1.5 to 23."""
 def compile_trials(wanted: Iterable[tuple[torch.device, torch.dtype, bool]]) -> None:
     """Have the kernels compiled by which devices will be measured, each for a dtype and for scales by block or not.
 
-    Where Inductor's processes are still to start, threads are done sooner.
+    Those that a model will need next are compiled with them. Where Inductor's processes are still to start, threads are
+    done sooner.
     """
     launches: dict[torch.device, dict[str, Launch]] = defaultdict(dict)
-    for of in wanted:
+    for device, dtype, by_block in wanted:
         with contextlib.suppress(torch.OutOfMemoryError):
-            launches[of[0]].update((str(launch), launch) for launch in _in_a_thread(_launches, *of))
+            trials = _Trials.of(device, dtype, by_block)
+            found = _in_a_thread(_launches, [*trials.all(), *trials.next()], device)
+            launches[device].update((str(launch), launch) for launch in found)
     for device, different in launches.items():
         elsewhere = compile_elsewhere(different.values(), device)
         _compiling.extend(elsewhere)
@@ -101,10 +140,10 @@ def compile_trials(wanted: Iterable[tuple[torch.device, torch.dtype, bool]]) -> 
             _compiling_here.extend(compile_here(different.values(), device))
 
 
-def _launches(device: torch.device, dtype: torch.dtype, by_block: bool) -> list[Launch]:
-    """What measuring a device launches."""
-    with _trials(device, dtype, by_block) as trials:
-        return launches_of(trials.all())
+def _launches(calls: Iterable[Call], device: torch.device) -> list[Launch]:
+    """What calls launch, the operands of one in memory at a time."""
+    with _quietly(device):
+        return [launch for call in calls for launch in launches_of([call.prepare(device)])]
 
 
 _compiling: list[Future[None]] = []
@@ -129,148 +168,90 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-class _Trials:
-    """What is timed to measure a device, on normal data."""
+class _Trials(NamedTuple):
+    """By what a device is measured. What multiplies sums over a whole length, an eighth and a sixteenth of it."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, by_block: bool) -> None:
+    matmuls: list[Call]
+    quantized_matmuls: list[Call]
+    quantize: Call
+    quantize_columns: Call
+    transpose: Call | None
+    small: Call
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype, by_block: bool) -> "_Trials":
         size = 4096 if device.type == "cuda" else 512
         rows = 8 * size if device.type == "cuda" else 2 * size
-        self._by_block = by_block
-        self.x = torch.randn(rows, size, device=device, dtype=dtype)
-        self.weight = torch.randn(size, size, device=device, dtype=dtype)
-        self.small, self.small_weight = self.x[:16, :16].contiguous(), self.weight[:16, :16].contiguous()
-        self._ones = torch.ones(rows, 1, device=device, dtype=torch.float32)
-        self._rounded = _rounded(self.x)
-        if by_block:  # sums over the rows, as a weight's gradient does; as many operations
-            self._scales = torch.ones(num_blocks(rows), size, device=device, dtype=torch.float32)
-            self.quantized = [self._rounded.t().contiguous()] * 2
-        else:
-            self.quantized = [self._rounded, _rounded(self.weight)]
+        matmuls = [(rows, size, size // share) for share in _SHARES]
+        in_blocks = [(size, size, rows // share) for share in _SHARES]  # sums over the rows, as a weight's gradient does
+        by_columns = Op.QUANTIZE_BLOCKWISE_TRANSPOSE if by_block else Op.QUANTIZE_COLUMNWISE_TRANSPOSE
+        return cls(
+            matmuls=[Call(Op.MATMUL, sizes, dtype) for sizes in matmuls],
+            quantized_matmuls=[Call(Op.SCALED_MM_BLOCKWISE, sizes, dtype) for sizes in in_blocks]
+            if by_block
+            else [Call(Op.SCALED_MM, sizes, dtype) for sizes in matmuls],
+            quantize=Call(Op.QUANTIZE_ROWWISE, (rows, size), dtype),
+            quantize_columns=Call(by_columns, (rows, size), dtype),
+            transpose=Call(Op.TRANSPOSE, (rows, size), dtype) if by_block else None,
+            small=Call(Op.QUANTIZE_ROWWISE, (16, 16), dtype),
+        )
 
-    def quantize(self) -> object:
-        return QUANTIZE_ROWWISE(self.x)
+    def all(self) -> list[Call]:
+        """What is timed."""
+        transpose = [self.transpose] if self.transpose else []
+        return [*self.matmuls, *self.quantized_matmuls, self.quantize, self.quantize_columns, *transpose, self.small]
 
-    def quantize_small(self) -> object:
-        return QUANTIZE_ROWWISE(self.small)
+    def next(self) -> list[Call]:
+        """What else a model calls, as most do."""
+        if self.transpose:
+            return []
+        _, *weight = self.matmuls[0].sizes
+        return [Call(op, tuple(weight), self.small.dtype) for op in (Op.QUANTIZE_TENSORWISE, Op.QUANTIZE_BY_SCALE)]
 
-    def quantize_columns(self) -> object:
-        if self._by_block:
-            return QUANTIZE_BLOCKWISE_TRANSPOSE(self.x, self._ones)
-        return QUANTIZE_COLUMNWISE_TRANSPOSE(self.x)
 
-    def transpose(self) -> object:
-        return TRANSPOSE(self._rounded)
-
-    def quantized_matmul(self, a: torch.Tensor, b: torch.Tensor) -> object:
-        if self._by_block:
-            return SCALED_MM_BLOCKWISE(a, b, self._scales[: num_blocks(a.shape[1])], self.x.dtype)
-        return SCALED_MM(a, b, self._ones, self._ones[:1], None, self.x.dtype)
-
-    def all(self) -> list[Callable[[], object]]:
-        """All that have kernels of ours, and those that a model will need next, to compile them at once."""
-        matmul = partial(self.quantized_matmul, *self.quantized)
-        calls: list[Callable[[], object]] = [self.quantize, self.quantize_small, self.quantize_columns, matmul]
-        if self._by_block:
-            return [*calls, self.transpose]
-        return [
-            *calls,
-            lambda: QUANTIZE_TENSORWISE(self.weight),
-            lambda: QUANTIZE_BY_SCALE(self.weight, self._ones[:1], True),
-        ]
+_SHARES = 1, 8, 16
 
 
 @contextlib.contextmanager
-def _trials(device: torch.device, dtype: torch.dtype, by_block: bool) -> Iterator[_Trials]:
-    """Makes the tensors, on the device, which is the current one meanwhile."""
+def _quietly(device: torch.device) -> Iterator[None]:
+    """Makes a device the current one, leaves its random numbers as they are, and records nothing for a backward."""
     rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with _on(device), torch.no_grad(), rng:
-        yield _Trials(device, dtype, by_block)
+        yield
 
 
-def _measure_once(device: torch.device, dtype: torch.dtype, by_block: bool) -> DeviceRates:
-    on_gpu = device.type == "cuda"
-    clock = _Clock(_gpu_seconds if on_gpu else _cpu_seconds)
-    with _trials(device, dtype, by_block) as trials:
-        if on_gpu:
+def _time_once(calls: Collection[Call], device: torch.device) -> Timings:
+    """In turns of all of them, so that what happens meanwhile happens to all."""
+    with _quietly(device):
+        runs = [call.prepare(device) for call in calls]
+        if device.type == "cuda":
             wait_for(_compiling)  # those of other rates, too: they keep the host busy
             wait(_compiling_here)
             _compiling.clear()
             _compiling_here.clear()
-            run_together(trials.all(), device)
-        rows, size = trials.x.shape
-        (quantize,) = clock(trials.quantize)
-        (small,) = clock(trials.quantize_small)
-        kernel = small * (_AMONG_OTHERS if on_gpu else 1.0)
-
-        # What speaks against 8 bit counts.
-        matmul, output = _matmul_rates(lambda a, b: a @ b.t(), (trials.x, trials.weight), clock, kernel, min)
-        quantized, quantized_output = _matmul_rates(trials.quantized_matmul, trials.quantized, clock, kernel, max)
-        (columns,) = clock(trials.quantize_columns)
-        columns_work = quantize_blockwise_transpose_work if by_block else quantize_columnwise_transpose_work
-        transpose = transpose_work(rows, size).bytes / clock(trials.transpose)[0] if by_block else 0.0
-        return DeviceRates(
-            matmul=matmul,
-            output=output,
-            quantized_matmul=quantized,
-            quantized_output=quantized_output,
-            quantize=quantize_rowwise_work(rows, size, dtype.itemsize).bytes / quantize,
-            quantize_columns=columns_work(rows, size, dtype.itemsize).bytes / columns,
-            transpose=transpose,
-            kernel=kernel,
-            matmul_call=_host_seconds(lambda: trials.small @ trials.small_weight) if on_gpu else 0.0,
-            quantize_call=_host_seconds(trials.quantize_small) if on_gpu else 0.0,
-            spread=clock.spread,
-        )
-
-
-class _Clock:
-    """Times calls.
-
-    Args:
-        seconds: times one.
-    """
-
-    def __init__(self, seconds: Callable[[Callable[[], object]], float]) -> None:
-        self._seconds = seconds
-        self.spread = 1.0
-        """By what factor the timings of one call have differed, at most."""
-
-    def __call__(self, *runs: Callable[[], object]) -> list[float]:
-        """Median seconds of each of several calls, which take turns."""
-        turns = [[self._seconds(run) for run in runs] for _ in range(3)]
-        times = list(zip(*turns, strict=True))
-        self.spread = max(self.spread, *(max(of_one) / min(of_one) for of_one in times))
-        return [statistics.median(of_one) for of_one in times]
-
-
-def _rounded(x: torch.Tensor) -> torch.Tensor:
-    """Normal data in int8, as a quantiser leaves it: what is multiplied decides on a GPU's clock."""
-    return (x * 31.0).clamp(-127, 127).round().to(torch.int8)
+            run_together(runs, device)
+        seconds = _gpu_seconds if device.type == "cuda" else _cpu_seconds
+        turns = [[seconds(run) for run in runs] for _ in range(3)]
+    times = dict(zip(calls, zip(*turns, strict=True), strict=True))
+    spread = max(max(of_one) / min(of_one) for of_one in times.values())
+    return Timings({call: statistics.median(of_one) for call, of_one in times.items()}, spread)
 
 
 def _matmul_rates(
-    matmul: Callable[..., object],
-    operands: Sequence[torch.Tensor],
-    clock: Callable[..., Sequence[float]],
-    kernel: float,
-    pick: Callable[[Iterable[float]], float],
+    calls: Sequence[Call], seconds: dict[Call, float], kernel: float, pick: Callable[[Iterable[float]], float]
 ) -> tuple[float, float]:
     """Operations a second at which a matmul sums, and seconds that it spends on an element of its result besides.
 
     Args:
-        matmul: of two operands that are summed along their rows.
-        operands: large ones.
-        clock: times calls, as `_Clock` does.
+        calls: that differ in how long they sum, by `_SHARES`.
+        seconds: of each.
         kernel: seconds that any kernel takes.
         pick: of what is found by sums an eighth as long and by sums a sixteenth as long, as kernels are chosen by length.
     """
-    (num_rows, length), num_columns = operands[0].shape, operands[1].shape[0]
-    shares = (1, 8, 16)
-    cut = [[operand[:, : length // share].contiguous() for operand in operands] for share in shares]
-    times = clock(*(partial(matmul, *pair) for pair in cut))
-    whole, *parts = (seconds - min(kernel, seconds / 2) for seconds in times)
-    rest = pick([_rest(whole, part, share) for part, share in zip(parts, shares[1:], strict=True)])
-    return 2 * num_rows * num_columns * length / (whole - rest), rest / (num_rows * num_columns)
+    m, n, k = calls[0].sizes
+    whole, *parts = (seconds[call] - min(kernel, seconds[call] / 2) for call in calls)
+    rest = pick([_rest(whole, part, share) for part, share in zip(parts, _SHARES[1:], strict=True)])
+    return 2 * m * n * k / (whole - rest), rest / (m * n)
 
 
 def _rest(whole: float, part: float, share: int) -> float:
@@ -301,20 +282,22 @@ def _gpu_seconds(run: Callable[[], object], repeats: int = 20) -> float:
     return milliseconds / 1e3 / repeats
 
 
-def _host_seconds(run: Callable[[], object], repeats: int = 10) -> float:
+def _host_seconds(call: Call, device: torch.device, repeats: int = 10) -> float:
     """Host time of a call in a training step: the shortest of a few timings, as other programs keep the host busy, and more.
 
     The device is done sooner.
     """
-    run()
-    times = []
-    for _ in range(10):
+    with _quietly(device):
+        run = call.prepare(device)
+        run()
+        times = []
+        for _ in range(10):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                run()
+            times.append(time.perf_counter() - start)
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            run()
-        times.append(time.perf_counter() - start)
-    torch.cuda.synchronize()
     return _IN_A_STEP * min(times) / repeats
 
 

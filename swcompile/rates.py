@@ -1,9 +1,10 @@
-"""The rates of devices on which decisions rest: measured once for each model of device, and kept in a file."""
+"""What devices give, on which decisions rest: measured once for each model of device, and kept in a file."""
 
+import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from uuid import uuid4
 import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from swcompile.calls import Call
 from swcompile.kernels.measurements import MeasurementFile
-from swcompile.measuring import DeviceRates, compile_trials, measure
+from swcompile.measuring import DeviceRates, compile_trials, is_steady, measure, time_calls
 from swcompile.pipeline import source_fingerprint
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,11 +38,39 @@ def device_rates(device: torch.device, dtype: torch.dtype, by_block: bool = Fals
             name = {_IDENTITY: _identity(key)}
             measured = measure(device, dtype, by_block)
             rates = _rates_from(file.add(key, dataclasses.asdict(measured) | name, instead_of=name)) or measured
-        _check_steady(rates, device, dtype)
+        _check_steady(rates.spread, device)
         _known[key] = rates
     return _known[key]
 
 
+def call_seconds(calls: Collection[Call], device: torch.device) -> dict[Call, float]:
+    """Seconds that calls take on a GPU among their equals; none on a CPU, where they vary too much to be worth it.
+
+    Measured once for each model of GPU and kept as its rates are, so ranks decide alike. Without memory for the operands of
+    all, those are missing that nobody has measured before.
+    """
+    if device.type != "cuda":
+        return {}
+    file = _rates_file()
+    stored = file.read()
+    keys = {call: f"{_device_name(device)}, {call}, swcompile {source_fingerprint()[:16]}" for call in calls}
+    found = {call: _timing_from(_timings.get(key) or stored.get(key)) for call, key in keys.items()}
+    missing = [call for call, timing in found.items() if timing is None]
+    if missing:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            seconds, spread = time_calls(missing, device)
+            for call in missing:
+                mine = {"seconds": seconds[call], "spread": spread}
+                found[call] = _timing_from(file.add(keys[call], mine, instead_of=stored.get(keys[call]))) or mine
+    known = {call: timing for call, timing in found.items() if timing is not None}
+    for call, timing in known.items():
+        if keys[call] not in _timings:
+            _check_steady(timing["spread"], device)
+            _timings[keys[call]] = timing
+    return {call: timing["seconds"] for call, timing in known.items()}
+
+
+_timings: dict[str, dict[str, float]] = {}
 _known: dict[str, DeviceRates] = {}
 _identities: dict[str, str] = {}
 _IDENTITY = "identity"
@@ -97,14 +127,19 @@ def _wanted(
 
 
 def _device_key(device: torch.device, dtype: torch.dtype, by_block: bool = False) -> str:
+    numbers = f"{dtype}, int8{' by block' if by_block else ''}"
+    return f"{_device_name(device)}, {numbers}, swcompile {source_fingerprint()[:16]}"
+
+
+def _device_name(device: torch.device) -> str:
+    """And what else decides how fast it multiplies."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         precision = torch.get_float32_matmul_precision()
     else:
         name = f"{device.type} {torch.get_num_threads()} threads"
         precision = "highest"
-    numbers = f"{dtype}, int8{' by block' if by_block else ''}, float32 {precision}"
-    return f"{name}, torch {torch.__version__}, {numbers}, swcompile {source_fingerprint()[:16]}"
+    return f"{name}, torch {torch.__version__}, float32 {precision}"
 
 
 def _rates_from(stored: Any) -> DeviceRates | None:
@@ -122,13 +157,20 @@ def _rates_from(stored: Any) -> DeviceRates | None:
 _NOT_ZERO = ("matmul", "quantized_matmul", "quantize", "quantize_columns", "kernel")
 
 
-def _check_steady(rates: DeviceRates, device: torch.device, dtype: torch.dtype) -> None:
-    """Warn of rates, whoever measured them, that may decide for the slower of two formats."""
-    if device.type == "cuda" and not rates.is_steady:
-        own = str(dtype).removeprefix("torch.")
+def _timing_from(stored: Any) -> dict[str, float] | None:
+    """What the file holds for a call; None for what is no timing."""
+    if not isinstance(stored, dict) or stored.keys() != {"seconds", "spread"}:
+        return None
+    are_times = all(isinstance(value, (int, float)) and 0 < value < math.inf for value in stored.values())
+    return stored if are_times else None
+
+
+def _check_steady(spread: float, device: torch.device) -> None:
+    """Warn of what has been measured, by whoever it was, that may decide for the slower of two formats."""
+    if device.type == "cuda" and not is_steady(spread):
         warnings.warn(
-            f"{torch.cuda.get_device_name(device)} seems to have been in use by other programs: when its rates were measured, one call "
-            f"took {rates.spread:.1f} times as long as another of its kind. So matmuls may be left in {own}, or taken to int8, where "
-            f"the other is faster. Delete {_rates_file().path} while the GPU is idle, and the next process measures again",
+            f"{torch.cuda.get_device_name(device)} seems to have been in use by other programs: when it was measured, one call took "
+            f"{spread:.1f} times as long as another of its kind. So matmuls may be left as they are, or taken to int8, where the "
+            f"other is faster. Delete {_rates_file().path} while the GPU is idle, and the next process measures again",
             stacklevel=2,
         )

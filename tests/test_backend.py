@@ -14,6 +14,7 @@ import model_zoo
 import pytest
 import torch
 from processes import run_program
+from test_cost import RATES
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import compile_fx
@@ -220,7 +221,8 @@ def test_explain_takes_the_options_that_concern_inductor(monkeypatch: pytest.Mon
 
     def slow_host(candidate: Any, rates: Any) -> cost._Times:
         """int8 is faster on the device, and slower where the host launches."""
-        return cost._Times(cost._Original(seconds=2e-6, between=1e-6, call=1e-3), quantized=1e-6, quantized_host=1.0)
+        original = cost._Original(seconds=2e-6, between=1e-6, launch=1e-3, call=cost._original(candidate.matmul, RATES).call)
+        return cost._Times(original, (cost._Part(seconds=1e-6, num_launches=1),), launch=1.0, gap=0.0)
 
     monkeypatch.setattr(cost, "_times", slow_host)
     for mode, in_int8 in ((None, 0), ("default", 0), ("reduce-overhead", 4)):

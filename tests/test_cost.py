@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Collection
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from torch.utils.checkpoint import checkpoint
 import swcompile
 from swcompile import Role, cost, make_recipe
 from swcompile.backend import _dtypes
+from swcompile.calls import Call, Op
 from swcompile.cost import Candidate
 from swcompile.graph import Matmul, matmuls
 from swcompile.joint import parameter_names
+from swcompile.kernels.int8 import num_blocks
 from swcompile.measuring import DeviceRates
 
 RATES = DeviceRates(
@@ -250,3 +254,123 @@ def test_where_the_host_would_be_the_bottleneck_launches_count(monkeypatch: pyte
         assert report.num_rewritten(Role.OUTPUT) == in_int8
         reasons = [d.reason for d in report.decisions if d.role is Role.OUTPUT and not d.rewritten]
         assert all("time to launch" in reason for reason in reasons)
+
+
+MODEL = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256))
+"""In int8 its matmuls are 0.2 to 1.3 times as fast by the rates below."""
+CLOSE_RATES = dataclasses.replace(
+    RATES, quantize=2e10, quantize_columns=1e10, transpose=2e10, kernel=1e-5, matmul_call=0.0, quantize_call=0.0
+)
+
+
+class Timer:
+    """In the place of `call_seconds`: what calls take as rates predict it, times a factor for some ops."""
+
+    def __init__(self, **factors: float) -> None:
+        self.factors, self.asked = factors, set[Call]()
+        self.forgotten: set[Op] = set()
+
+    def __call__(self, calls: Collection[Call], device: torch.device) -> dict[Call, float]:
+        self.asked |= {*calls}
+        return {call: self.seconds(call) for call in calls if call.op not in self.forgotten}
+
+    def seconds(self, call: Call) -> float:
+        """Among equals, where the gap between kernels is not seen."""
+        rates, itemsize = CLOSE_RATES, call.dtype.itemsize
+        if len(call.sizes) == 3:
+            m, n, k = call.sizes
+            is_own = call.op is Op.MATMUL
+            num_bytes = itemsize * (m * n + (m * k + n * k if is_own else 0)) + (0 if is_own else m * k + n * k)
+            seconds = max(2 * m * n * k / (rates.matmul if is_own else rates.quantized_matmul), num_bytes / rates.quantize)
+        else:
+            num_rows, num_columns = call.sizes
+            size = num_rows * num_columns
+            seconds = {
+                Op.QUANTIZE_ROWWISE: (size * (itemsize + 1) + 4 * num_rows) / rates.quantize,
+                Op.QUANTIZE_TENSORWISE: (size * (2 * itemsize + 1) + 4) / rates.quantize,
+                Op.QUANTIZE_BY_SCALE: (size * (itemsize + 1) + 4) / rates.quantize,
+                Op.QUANTIZE_COLUMNWISE_TRANSPOSE: (size * (2 * itemsize + 1) + 4 * num_columns) / rates.quantize_columns,
+                Op.QUANTIZE_BLOCKWISE_TRANSPOSE: (
+                    size * (itemsize + 1) + 4 * num_rows + 4 * num_columns * num_blocks(num_rows)
+                ) / rates.quantize_columns,
+                Op.TRANSPOSE: 2 * size / rates.transpose,
+            }[call.op]
+        return (seconds + call.num_kernels * (rates.kernel - rates.gap)) * self.factors.get(call.op, 1.0)
+
+
+@pytest.fixture
+def timer(monkeypatch: pytest.MonkeyPatch) -> Timer:
+    timer = Timer()
+    monkeypatch.setattr(cost, "device_rates", lambda *of: CLOSE_RATES)
+    monkeypatch.setattr(cost, "call_seconds", timer)
+    return timer
+
+
+def explained(**options: Any) -> list[swcompile.Decision]:
+    """About the matmuls that the recipe would take."""
+    x = torch.randn(1024, 256, requires_grad=True)
+    return [d for d in swcompile.explain(MODEL, x, include="*", **options).decisions if d.speedup is not None]
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("recipe", ["switchback", "switchback_q", "switchback_full", "llm_int8"])
+def test_where_calls_take_what_rates_predict_timing_them_changes_nothing(
+    recipe: str, fuse: bool, timer: Timer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "_CLOSE", (1.0, 1.0))
+    predicted = explained(recipe=recipe, fuse=fuse)
+    assert not timer.asked
+    monkeypatch.setattr(cost, "_CLOSE", (0.0, 100.0))
+    measured = explained(recipe=recipe, fuse=fuse)
+    assert timer.asked and [d.speedup for d in measured] == pytest.approx([d.speedup for d in predicted], rel=1e-6)
+    assert [d.reason.replace("measured", "predicted") for d in measured] == [d.reason for d in predicted]
+    assert not any("predicted" in d.reason for d in measured)
+
+
+def test_only_calls_of_close_ones_are_timed(timer: Timer) -> None:
+    """The first layer is 1.06 times as fast, both passes, and the second 1.3 times, whose operand the GELU's kernel quantises."""
+    options = {"recipe": "switchback_q", "fuse": True}
+    shapes = {(1024, 512, 256): pytest.approx(1.06, abs=0.01), (1024, 256, 512): pytest.approx(1.30, abs=0.01)}
+    before = explained(**options)
+    assert [(d.shape, d.speedup) for d in before] == [(shape, shapes[shape]) for shape in [*shapes] * 2]
+    ops = [(Op.MATMUL, (1024, 512, 256)), (Op.SCALED_MM, (1024, 512, 256)), (Op.QUANTIZE_ROWWISE, (1024, 256)), (Op.QUANTIZE_ROWWISE, (512, 256))]
+    assert timer.asked == {Call(op, sizes, torch.float32) for op, sizes in ops}
+
+    timer.factors[Op.SCALED_MM] = 1.5
+    seconds = {op: timer.seconds(Call(op, sizes, torch.float32)) + CLOSE_RATES.gap for op, sizes in ops[:2]}
+    quantizing = ((1024 + 512) * (256 * 5 + 4)) / CLOSE_RATES.quantize + 2 * CLOSE_RATES.kernel
+    expected = seconds[Op.MATMUL] / (seconds[Op.SCALED_MM] + quantizing)
+    after = explained(**options)
+    assert [d.speedup for d in after] == [pytest.approx(expected), pytest.approx(before[1].speedup)] * 2 and expected < 0.9
+    assert [d.rewritten for d in after] == [False, True] * 2
+    assert all(f"measured {expected:.2f} times as fast" in d.reason for d in after if not d.rewritten)
+
+    timer.forgotten.add(Op.SCALED_MM)  # for which memory was lacking
+    assert [d.speedup for d in explained(**options)] == pytest.approx([d.speedup for d in before])
+
+
+def test_what_is_no_product_of_two_matrices_is_not_timed(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_CLOSE", (0.0, math.inf))
+    for model, x in ((Folded(), torch.randn(16, 256, 1024)), (nn.Linear(256, 512), torch.randn(0, 256))):
+        (decision,) = (d for d in swcompile.explain(model, x, include="*").decisions if d.role is Role.OUTPUT)
+        assert decision.speedup is not None and not timer.asked
+
+
+def test_rates_that_are_given_are_all_that_counts(timer: Timer) -> None:
+    found = traced(nn.Linear(256, 512), torch.randn(1024, 256, requires_grad=True))
+    gemm = make_recipe({}).format_of(Role.OUTPUT)
+    assert gemm is not None
+    (prediction,) = cost.predict_speedups([Candidate(found[Role.OUTPUT], gemm, 1)], rates=CLOSE_RATES)
+    assert cost._CLOSE[0] < prediction.speedup < cost._CLOSE[1] and not prediction.is_measured and not timer.asked
+
+
+@pytest.mark.gpu
+def test_close_ones_are_timed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_CLOSE", (0.0, math.inf))
+    model = nn.Sequential(nn.Linear(1024, 4096, bias=False), nn.GELU(), nn.Linear(4096, 1024, bias=False)).cuda().bfloat16()
+    x = torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    for recipe in ("switchback", "switchback_full"):
+        report = swcompile.explain(model, x, include="*", recipe=recipe, mode="reduce-overhead")
+        decisions = [d for d in report.decisions if d.speedup is not None]
+        assert len(decisions) >= 4 and all(0.2 < d.speedup < 4 for d in decisions)
+        assert all("measured" in d.reason for d in decisions if not d.rewritten)

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from swcompile import measuring
+from swcompile.calls import Call, Op
 
 CPU = torch.device("cpu")
 
 
 def test_the_gpu_that_is_measured_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    current, timed, made = [0], [], measuring._Trials
+    current, timed, prepared = [0], [], []
 
     @contextlib.contextmanager
     def on(device: torch.device) -> Iterator[None]:
@@ -22,22 +23,19 @@ def test_the_gpu_that_is_measured_is_the_current_one(monkeypatch: pytest.MonkeyP
         yield
         current.pop()
 
-    def trials(device: torch.device, dtype: torch.dtype, by_block: bool) -> measuring._Trials:
-        assert current[-1] == device.index
-        return made(CPU, dtype, by_block)
-
-    def seconds(run: Callable[[], object]) -> float:
-        timed.append(current[-1])
-        return 1e-3
+    def prepare(call: Call, device: torch.device) -> Callable[[], object]:
+        prepared.append((current[-1], device.index))
+        return lambda: None
 
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
-    monkeypatch.setattr(measuring, "_Trials", trials)
-    for timer in ("_gpu_seconds", "_host_seconds"):
-        monkeypatch.setattr(measuring, timer, seconds)
+    monkeypatch.setattr(Call, "prepare", prepare)
+    monkeypatch.setattr(measuring, "_gpu_seconds", lambda run: timed.append(current[-1]) or 1e-3)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: timed.append(current[-1]))
     monkeypatch.setattr(measuring, "run_together", lambda runs, device: None)
     assert measuring.measure(torch.device("cuda", 2), torch.float32, False).kernel > 1e-3
-    assert current == [0] and timed == [2] * (3 * 9 + 2)
+    assert current == [0] and {*timed} == {2} and len(timed) == 3 * 9 + 2 * 11
+    assert {*prepared} == {(2, 2)} and len(prepared) == 9 + 2
 
 
 @pytest.mark.gpu
@@ -55,24 +53,26 @@ def test_every_timing_of_the_device_counts_for_its_spread(by_block: bool, monkey
         """Where the timing of that number takes twice as long as the others, and how many there are."""
         number = itertools.count()
         monkeypatch.setattr(measuring, "_cpu_seconds", lambda run: 2e-3 if next(number) == slow else 1e-3)
-        return measuring._measure_once(CPU, torch.float32, by_block).spread, next(number)
+        return measuring.measure(CPU, torch.float32, by_block).spread, next(number)
 
     assert spread(-1) == (1.0, num_timings := 3 * (9 + by_block))
     assert {spread(slow)[0] for slow in range(num_timings)} == {2.0}
 
 
-def test_timings_of_several_calls_take_turns() -> None:
+def test_timings_of_several_calls_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = [Call(Op.QUANTIZE_ROWWISE, (size, 8), torch.float32) for size in (1, 2)]
     times, order = iter([1.0, 9.0, 3.0, 8.0, 2.0, 7.0]), []
-    clock = measuring._Clock(lambda run: order.append(run()) or next(times))
-    assert clock(lambda: "a", lambda: "b") == [2.0, 8.0] and order == ["a", "b"] * 3
-    assert clock.spread == 3.0
+    monkeypatch.setattr(Call, "prepare", lambda call, device: call)
+    monkeypatch.setattr(measuring, "_cpu_seconds", lambda run: order.append(run) or next(times))
+    seconds, spread = measuring.time_calls(calls, CPU)
+    assert seconds == {calls[0]: 2.0, calls[1]: 8.0} and order == calls * 3 and spread == 3.0
 
 
 def test_a_default_dtype_is_nothing_to_the_scales() -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
         for by_block in (False, True):
-            assert measuring._measure_once(CPU, torch.float32, by_block).matmul > 0
+            assert measuring.measure(CPU, torch.float32, by_block).matmul > 0
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -84,9 +84,10 @@ def test_random_numbers_go_on_as_if_nothing_had_been_measured() -> None:
 
 
 def test_a_host_that_is_busy_for_a_while_is_measured_when_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     calls = itertools.count()
-    assert measuring._host_seconds(lambda: time.sleep(2e-3 if next(calls) < 40 else 0)) < 2e-3
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(Call, "prepare", lambda call, device: lambda: time.sleep(2e-3 if next(calls) < 40 else 0))
+    assert measuring._host_seconds(Call(Op.MATMUL, (16, 16, 16), torch.float32), CPU) < 2e-3
 
 
 @pytest.mark.parametrize(
@@ -99,13 +100,21 @@ def test_what_of_a_matmul_does_not_grow_with_its_sums(whole: float, part: float,
 
 
 def test_the_rates_of_a_matmul_are_found_by_sums_of_several_lengths() -> None:
-    a, b = torch.zeros(64, 512), torch.zeros(32, 512)
-    for pick, slow in ((min, 1e-9), (max, 3e-9)):  # kernels for sums of 64 and 32: one takes longer for its results
-        results = {512: 1e-9, 64: 1e-9, 32: 3e-9}
+    calls = [Call(Op.MATMUL, (64, 32, length), torch.float32) for length in (512, 64, 32)]
+    results = [1e-9, 1e-9, 3e-9]  # seconds for each, by the kernels for sums of 512, 64 and 32
+    seconds = {
+        call: 2 * 64 * 32 * call.sizes[2] / 1e9 + 64 * 32 * result + 1e-6 for call, result in zip(calls, results, strict=True)
+    }
+    for pick, expected in ((min, 1e-9), (max, 3e-9)):
+        rate, output = measuring._matmul_rates(calls, seconds, 1e-6, pick)
+        assert output == pytest.approx(expected, rel=0.1) and rate == pytest.approx(1e9, rel=0.01)
 
-        def seconds(run: Callable[[], object], results: dict[int, float] = results) -> float:
-            length = run.args[0].shape[1]
-            return 2 * 64 * 32 * length / 1e9 + 64 * 32 * results[length] + 1e-6
 
-        rate, output = measuring._matmul_rates(torch.mm, (a, b), measuring._Clock(seconds), 1e-6, pick)
-        assert output == pytest.approx(slow, rel=0.1) and rate == pytest.approx(1e9, rel=0.01)
+def test_kernels_that_a_model_needs_next_are_compiled_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[Call] = []
+    monkeypatch.setattr(Call, "prepare", lambda call, device: prepared.append(call) or (lambda: None))
+    for by_block in (False, True):
+        trials = measuring._Trials.of(CPU, torch.bfloat16, by_block)
+        measuring._launches([*trials.all(), *trials.next()], CPU)
+    ops = {call.op for call in prepared}
+    assert ops == set(Op), "all there are"

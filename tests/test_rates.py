@@ -6,10 +6,9 @@ import inspect
 import json
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -19,8 +18,9 @@ from torch._subclasses import FakeTensor
 
 import swcompile
 from swcompile import measuring, rates
+from swcompile.calls import Call, Op
 from swcompile.kernels import measurements
-from swcompile.measuring import DeviceRates
+from swcompile.measuring import DeviceRates, Timings
 from swcompile.rates import device_rates, rates_identity
 
 CPU = torch.device("cpu")
@@ -32,6 +32,7 @@ def file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(rates, "cache_dir", lambda: str(tmp_path))
     monkeypatch.setattr(rates, "_known", {})
     monkeypatch.setattr(rates, "_identities", {})
+    monkeypatch.setattr(rates, "_timings", {})
     return tmp_path / "swcompile" / "device_rates.json"
 
 
@@ -52,6 +53,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
 def forget() -> None:
     """As a new process has it."""
     rates._known.clear()
+    rates._timings.clear()
     rates._identities.clear()
 
 
@@ -94,21 +96,22 @@ def test_rates_have_a_name_for_cache_keys_before_they_are_measured(file: Path, m
 @pytest.mark.parametrize("graph", ["training", "inference"])
 def test_calls_are_timed_as_they_are_outside_a_compilation(graph: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """AOTAutograd keeps the dispatcher in Python while a joint graph's passes run, and the stack is deep: calls take longer."""
-    seen: list[bool] = []
+    seen: list[set[bool]] = [set() for _ in range(4)]
+    prepare = Call.prepare
 
-    class Trials(measuring._Trials):
-        def __init__(self, *of: Any) -> None:
-            seen.append(torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PythonDispatcher))
-            super().__init__(*of)
-            seen.append(isinstance(self.x, FakeTensor))
-            seen.append(torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
-            seen.append(len(inspect.stack(context=0)) > 20)
+    def noted(call: Call, device: torch.device) -> Callable[[], object]:
+        seen[0].add(torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PythonDispatcher))
+        run = prepare(call, device)
+        seen[1].add(isinstance(run.args[0], FakeTensor))
+        seen[2].add(torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        seen[3].add(len(inspect.stack(context=0)) > 20)
+        return run
 
-    monkeypatch.setattr(measuring, "_Trials", Trials)
+    monkeypatch.setattr(Call, "prepare", noted)
     model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)), torch.randn(8, 32)
     with torch.set_grad_enabled(graph == "training"), torch.autocast("cpu"):
         torch.compile(model, backend="switchback", options={"include": "*"})(x)
-    assert seen == [False] * 4
+    assert seen == [{False}] * 4
 
 
 def test_only_the_first_to_ask_for_rates_prepares_them(
@@ -116,12 +119,12 @@ def test_only_the_first_to_ask_for_rates_prepares_them(
 ) -> None:
     gpu, started = torch.device("cuda", 0), []
 
-    @contextlib.contextmanager
-    def trials(*of: Any) -> Iterator[Any]:
+    def prepare(call: Call, device: torch.device) -> Callable[[], object]:
         assert threading.current_thread() is not threading.main_thread(), "there modes are on"
-        yield mock.MagicMock(all=list)
+        return lambda: None
 
-    monkeypatch.setattr(measuring, "_trials", trials)
+    monkeypatch.setattr(Call, "prepare", prepare)
+    monkeypatch.setattr(measuring, "_quietly", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(measuring, "compile_elsewhere", lambda launches, device: [])  # Inductor's processes are still to start
     monkeypatch.setattr(measuring, "compile_here", lambda launches, device: started.append(device) or [])
     for _ in range(2):
@@ -186,25 +189,126 @@ def test_a_folder_that_cannot_be_used_fails_no_compilation(
     assert len([w for w in seen if "device_rates.json cannot be written" in str(w.message)]) == 1
 
 
+def timings(calls: Iterable[Call], seconds: float, spread: float = 1.0) -> Timings:
+    """That all calls take as long."""
+    return Timings(dict.fromkeys(calls, seconds), spread)
+
+
 @pytest.mark.parametrize(
     ("device", "spreads", "taken"),
     [("cuda", [1.3], 0), ("cuda", [2.0, 1.1], 1), ("cuda", [3.0, 1.6, 23.0], 1), ("cpu", [3.0], 0)],
     ids=["idle", "in use for a while", "in use", "CPU"],
 )
+@pytest.mark.parametrize("asked", ["rates", "calls"])
 def test_a_gpu_that_others_use_is_measured_again(
-    device: str, spreads: list[float], taken: int, file: Path, monkeypatch: pytest.MonkeyPatch
+    asked: str, device: str, spreads: list[float], taken: int, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attempts = [dataclasses.replace(RATES, matmul=number + 1, spread=spread) for number, spread in enumerate(spreads)]
-    left = iter(attempts)
-    monkeypatch.setattr(measuring, "_measure_once", lambda *of: next(left))
+    left = iter(enumerate(spreads, 1))
+    monkeypatch.setattr(measuring, "_time_once", lambda calls, device: timings(calls, *next(left)))
+    monkeypatch.setattr(measuring, "_host_seconds", lambda call, device: 1e-5)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake GPU")
+    if (asked, device) == ("calls", "cpu"):
+        assert rates.call_seconds([CALL], CPU) == {} and len(list(left)) == 1 and not file.exists()
+        return
     for _ in range(2):  # and another process, which reads what the first has measured
         forget()
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             for _ in range(2):
-                assert device_rates(torch.device(device), torch.bfloat16) == attempts[taken]
+                if asked == "rates":
+                    found = device_rates(torch.device(device), torch.bfloat16)
+                    rounded = 32768 * (4096 * (2 + 1) + 4) if device == "cuda" else 1024 * (512 * (2 + 1) + 4)
+                    assert found.spread == spreads[taken] and found.quantize == rounded / (taken + 1)
+                else:
+                    assert rates.call_seconds([CALL], torch.device(device)) == {CALL: taken + 1}
         assert not list(left), "all that were expected"
         told = [str(w.message) for w in seen]
         assert len(told) == (len(spreads) == 3)
         assert all("Fake GPU" in text and "1.6 times" in text and f"Delete {file}" in text for text in told)
+
+
+CALL = Call(Op.MATMUL, (4096, 1024, 4096), torch.bfloat16)
+OTHER = Call(Op.QUANTIZE_ROWWISE, (4096, 4096), torch.bfloat16)
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[list[Call]]:
+    """The calls that are timed at once, each time a second slower. All GPUs are of one model."""
+    found: list[list[Call]] = []
+
+    def time_calls(calls: Collection[Call], device: torch.device) -> Timings:
+        found.append(list(calls))
+        return timings(calls, float(len(found)))
+
+    monkeypatch.setattr(rates, "time_calls", time_calls)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake GPU")
+    return found
+
+
+def test_a_call_is_timed_once_and_then_read(file: Path, timed: list[list[Call]]) -> None:
+    gpus = [torch.device("cuda", index) for index in (3, 1)]
+    for gpu in gpus:
+        assert rates.call_seconds([CALL], gpu) == {CALL: 1.0}
+    forget()
+    assert rates.call_seconds([CALL, OTHER], gpus[0]) == {CALL: 1.0, OTHER: 2.0}
+    for _ in range(2):
+        forget()
+        assert rates.call_seconds([OTHER, CALL], gpus[1]) == {CALL: 1.0, OTHER: 2.0}
+    assert timed == [[CALL], [OTHER]] and len(json.loads(file.read_text())) == 2
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert rates.call_seconds([CALL], gpus[0]) == {CALL: 3.0}, "in float32 this changes its time"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_of_two_ranks_that_time_a_call_both_take_the_first_ones_seconds(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake GPU")
+
+    def time_calls(calls: Collection[Call], device: torch.device) -> Timings:
+        monkeypatch.setattr(rates, "time_calls", lambda calls, device: timings(calls, 1.0))
+        assert rates.call_seconds(calls, device) == {CALL: 1.0}, "the other rank, which is done while this one measures"
+        forget()
+        return timings(calls, 2.0)
+
+    monkeypatch.setattr(rates, "time_calls", time_calls)
+    for _ in range(2):
+        assert rates.call_seconds([CALL], gpu) == {CALL: 1.0}
+        forget()
+
+
+@pytest.mark.parametrize("entry", [None, 5, {}, {"seconds": 1.0}, {"seconds": 0.0, "spread": 1.0}, {"seconds": "1", "spread": 1.0}], ids=str)
+def test_an_entry_that_is_no_timing_is_measured_again(file: Path, timed: list[list[Call]], entry: Any) -> None:
+    gpu = torch.device("cuda", 0)
+    rates.call_seconds([CALL], gpu)
+    (key,) = json.loads(file.read_text())
+    file.write_text(json.dumps({key: entry, "other": 1}))
+    for _ in range(2):
+        forget()
+        assert rates.call_seconds([CALL], gpu) == {CALL: 2.0}
+    assert timed == [[CALL]] * 2 and json.loads(file.read_text())["other"] == 1
+
+
+def test_without_memory_what_is_known_counts(file: Path, timed: list[list[Call]], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    rates.call_seconds([CALL], gpu)
+
+    def time_calls(calls: Collection[Call], device: torch.device) -> Timings:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(rates, "time_calls", time_calls)
+    for _ in range(2):
+        assert rates.call_seconds([CALL, OTHER], gpu) == {CALL: 1.0}
+        forget()
+
+
+@pytest.mark.gpu
+def test_calls_are_timed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    calls = [Call(op, (1024, 2048, 512) if "mm" in op or "mul" in op else (1024, 2048), torch.bfloat16) for op in Op]
+    seconds = rates.call_seconds(calls, gpu)
+    assert seconds.keys() == {*calls} and all(1e-7 < found < 1e-3 for found in seconds.values())
+    monkeypatch.delattr(rates, "time_calls")
+    forget()
+    assert rates.call_seconds(calls, gpu) == seconds

@@ -1,0 +1,74 @@
+"""Calls known by their sizes: that they call what they say, on what they say."""
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from swcompile.calls import Call, Op
+from swcompile.kernels.int8 import num_blocks, padded
+
+CPU = torch.device("cpu")
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+def results(call: Call, device: torch.device) -> tuple[torch.Tensor, ...]:
+    result = call.prepare(device)()
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", [Op.MATMUL, Op.SCALED_MM, Op.SCALED_MM_BLOCKWISE])
+def test_what_multiplies(op: Op, dtype: torch.dtype) -> None:
+    call = Call(op, (3 * 16, 2 * 16, 2048 + 16), dtype)
+    first, second, *_ = call.prepare(CPU).args
+    assert first.numel() == 48 * 2064 and second.numel() == 32 * 2064
+    assert {first.dtype, second.dtype} == {dtype if op is Op.MATMUL else torch.int8}
+    if op is not Op.MATMUL:
+        assert len(first.unique()) > 200, "all of int8, and no zeros alone"
+    (product,) = results(call, CPU)
+    assert product.shape == (48, 32) and product.dtype == dtype and product.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", [op for op in Op if "quantize" in op])
+def test_what_quantises(op: Op, dtype: torch.dtype) -> None:
+    num_rows, num_columns = 1040, 64
+    call = Call(op, (num_rows, num_columns), dtype)
+    x, *_ = call.prepare(CPU).args
+    assert x.shape == (num_rows, num_columns) and x.dtype == dtype and x.float().std() > 0.9
+    x_q, *scales = results(call, CPU)
+    is_transposed = op in (Op.QUANTIZE_BY_SCALE, Op.QUANTIZE_COLUMNWISE_TRANSPOSE, Op.QUANTIZE_BLOCKWISE_TRANSPOSE)
+    assert x_q.dtype == torch.int8 and x_q.shape == ((num_columns, padded(num_rows)) if is_transposed else (num_rows, num_columns))
+    num_scales = {
+        Op.QUANTIZE_ROWWISE: num_rows, Op.QUANTIZE_TENSORWISE: 1, Op.QUANTIZE_BY_SCALE: 0, Op.QUANTIZE_COLUMNWISE_TRANSPOSE: num_columns,
+        Op.QUANTIZE_BLOCKWISE_TRANSPOSE: num_blocks(num_rows) * num_columns,
+    }  # fmt: skip
+    assert sum(scale.numel() for scale in scales) == num_scales[op]
+
+
+def test_what_turns() -> None:
+    (x,) = Call(Op.TRANSPOSE, (48, 32), torch.bfloat16).prepare(CPU).args
+    assert x.shape == (48, 32) and x.dtype == torch.int8
+    assert results(Call(Op.TRANSPOSE, (48, 32), torch.bfloat16), CPU)[0].shape == (32, 48)
+
+
+def test_what_it_is_called() -> None:
+    assert str(Call(Op.SCALED_MM, (4096, 1024, 512), torch.bfloat16)) == "scaled_mm 4096 x 1024 x 512 torch.bfloat16"
+    calls = [Call(op, sizes, dtype) for op in Op for sizes in ((64, 32), (6, 432)) for dtype in DTYPES]
+    assert len({str(call) for call in calls}) == len(calls)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", [op for op in Op if op is not Op.MATMUL])
+def test_how_many_kernels(op: Op) -> None:
+    call = Call(op, (2048, 1024, 512) if "mm" in op else (2048, 1024), torch.bfloat16)
+    run = call.prepare(torch.device("cuda"))
+    for _ in range(3):  # which chooses the kernel
+        run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    kernels = [event.name for event in seen.events() if event.device_type is DeviceType.CUDA]
+    assert len(kernels) == call.num_kernels, kernels
