@@ -5,7 +5,7 @@
 
 A sweep goes over widths and numbers of tokens, through both layers of an MLP (width -> 4 x width and back). It shows
 what the cost rule makes of the two eligible matmuls of a layer, a frozen one: each in bf16 and in int8, and which of the
-two the rule predicts to be faster on the device, as these times leave out what the host takes to launch. The rule's
+two the rule finds to be faster on the device, as these times leave out what the host takes to launch. The rule's
 choice is held against the best of all four: none of them in int8, one, the other, both, where they share a scale.
 """
 
@@ -39,7 +39,7 @@ FULL = "switchback_full", EVERYTHING | {"recipe": "switchback_full"}
 """A name, and options of the backend."""
 ON_DEVICE: dict[str, Any] = {"include": "*", "mode": "reduce-overhead"}
 """For `explain`: what the cost rule chooses where a CUDA graph launches."""
-RULE_COLUMNS = {"x": ".2f", "predicted": ".2f"}
+RULE_COLUMNS = {"x": ".2f", "by the rule": ".2f"}
 ROLES = swcompile.Role.OUTPUT, swcompile.Role.GRAD_INPUT
 
 
@@ -91,7 +91,7 @@ def measure(shape: Layer, routes: Sequence[tuple[str, dict[str, Any]]], *, apart
         decisions = {decision.role: decision for decision in swcompile.explain(layer, x, **ON_DEVICE).decisions}
         for i, role in enumerate(ROLES):
             row[f"{role.value} x"] = plain[i] / int8[i]
-            row[f"{role.value} predicted"] = decisions[role].speedup
+            row[f"{role.value} by the rule"] = decisions[role].speedup
         times = {
             (False, False): sum(plain),
             (True, False): alone[0] + plain[1],
@@ -163,7 +163,8 @@ def main() -> None:
     if args.sweep:
         columns |= {f"{role.value} {what}": form for role in ROLES for what, form in RULE_COLUMNS.items()} | {"of the best": ".2f"}
         note += (
-            f" Of each matmul: how much faster int8 is, and what the rule predicted (at {MIN_SPEEDUP} or more it chooses int8); of the "
+            f" Of each matmul: how much faster int8 is, and by the rule, which times the calls themselves where its prediction is near 1 (at "
+            f"{MIN_SPEEDUP} or more it chooses int8); of the "
             "layer, the best time of all choices over that of the rule's."
         )
     text = [header("One linear layer: forward and backward"), note, markdown_table(rows, columns)]

@@ -94,7 +94,7 @@ class Recipe:
     strict: bool = False
     """Raise when a matmul that was asked for is not rewritten, or when a pattern matches no parameter."""
     skip_slower: bool = True
-    """Leave a matmul alone where int8 with its quantisation is predicted to be slower than the original, or hardly faster."""
+    """Leave a matmul alone where int8 with its quantisation is slower than the original on this device, or hardly faster."""
     fuse: bool | None = None
     """Quantise a value in the kernel that computes it, and compute tables of sines and cosines once. None: on a GPU; on a CPU Inductor's own loops are faster."""
     micro_batches: int = 1
