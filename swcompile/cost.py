@@ -2,8 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sympy
@@ -28,25 +27,25 @@ from swcompile.rates import call_seconds, device_rates
 from swcompile.recipe import GemmFormat, Role, Scaling
 from swcompile.values import unrounded
 
-MIN_SPEEDUP = 1.03
+MIN_SPEEDUP = 1.02
 """What 8 bit has to be worth at least: near 1 a prediction may be on the wrong side, and 8 bit rounds."""
 
 
 class Candidate(NamedTuple):
-    """A matmul that may be rewritten."""
+    """A matmul that may be rewritten. What several need is computed once, and they share its cost."""
 
     matmul: Matmul
     gemm: GemmFormat
-    sharers: int
-    """How many candidates read the same quantised activation (or gradient); each bears its share."""
+    activation: Hashable = None
+    """Equal for those that read the same quantised activation (or gradient); None where nobody else does."""
     is_fused: bool = False
     """The activation is quantised in the kernel that computes it, which then only writes int8 in addition."""
     weight_passes: int = 1
-    """How many passes the quantised weight serves; each bears its share."""
-    scale_sharers: int = 1
-    """How many candidates read the weight by the one scale that is found for all of them; each bears its share."""
-    transpose_sharers: int = 1
-    """How many candidates read the transpose of the same int8 gradient; each bears its share."""
+    """How many passes the quantised weight serves."""
+    scale: Hashable = None
+    """Equal for those that read the weight by one scale, which is found for all of them; None where each finds its own."""
+    gradient: Hashable = None
+    """Equal for those that read the transpose of the same int8 gradient; likewise."""
     spares_gradient: bool = False
     """Nobody reads the gradient but candidates, so that the kernel that computes and quantises it writes only int8."""
 
@@ -80,15 +79,19 @@ class _Original(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A share of what a kernel or two of a matmul in 8 bit take."""
+    """What a kernel or two of a matmul in 8 bit take."""
 
     seconds: float
-    """Of the device, for the whole."""
+    """Of the device."""
     num_launches: int
-    share: float = 1.0
-    """Others, which read the same result, bear the rest."""
     call: Call | None = None
     """To time it; not for what a kernel does in addition that computes something else."""
+    beyond: Call | None = None
+    """It takes only what the call takes longer than this one."""
+    share: float = 1.0
+    """Of it that this matmul bears."""
+    key: Hashable = None
+    """Equal for matmuls that need the same and share it."""
 
 
 class _Times(NamedTuple):
@@ -108,6 +111,12 @@ class _Times(NamedTuple):
         return sum(part.share * part.seconds for part in self.parts)
 
     @property
+    def gain(self) -> float:
+        """Seconds by which 8 bit is faster, if at all, before anything is borne of what is shared."""
+        alone = sum(part.share * part.seconds for part in self.parts if part.key is None)
+        return max(self.original.seconds - alone, 0.0)
+
+    @property
     def quantized_host(self) -> float:
         """Seconds that the host takes to launch that and the kernels behind it."""
         return sum(part.share * part.num_launches for part in self.parts) * self.launch + _BETWEEN * self.original.launch
@@ -125,17 +134,20 @@ class _Times(NamedTuple):
 
     def calls(self) -> set[Call]:
         """All that can be timed."""
-        return {self.original.call} | {part.call for part in self.parts if part.call}
+        of_parts = {call for part in self.parts for call in (part.call, part.beyond) if call}
+        return {self.original.call} | of_parts
 
     def measured(self, seconds: Mapping[Call, float]) -> "_Times":
         """With times of calls in the place of those that rates predict; as it is where one of them is not known."""
         if not self.calls() <= seconds.keys():
             return self
 
-        def found(call: Call) -> float:
-            return seconds[call] + call.num_kernels * self.gap
+        def found(call: Call | None) -> float:
+            return seconds[call] + call.num_kernels * self.gap if call else 0.0
 
-        parts = tuple(part._replace(seconds=found(part.call)) if part.call else part for part in self.parts)
+        parts = tuple(
+            part._replace(seconds=max(found(part.call) - found(part.beyond), 0.0)) if part.call else part for part in self.parts
+        )
         original = self.original._replace(seconds=found(self.original.call))
         return self._replace(original=original, parts=parts, is_measured=True)
 
@@ -158,9 +170,9 @@ def predict_speedups(
             for which the device would have to be measured, nothing is counted.
         rates: of the device, and nothing is timed; measured where not given.
     """
-    times = [_times(candidate, rates) for candidate in candidates]
+    times = _share_out([_times(candidate, rates) for candidate in candidates])
     if rates is None:
-        times = _time_close_ones(times, [candidate.matmul for candidate in candidates])
+        times = _share_out(_time_close_ones(times, [candidate.matmul for candidate in candidates]))
     dtypes = {candidate.matmul.node.meta["val"].dtype for candidate in candidates}  # the device is measured for these
     rest = [_original(matmul, rates) for matmul in others if matmul.node.meta["val"].dtype in dtypes]
     device = sum(t.quantized + t.original.between for t in times) + sum(t.seconds + t.between for t in rest)
@@ -170,6 +182,26 @@ def predict_speedups(
     if host <= device or not is_settled or inductor_config.triton.cudagraphs:
         return by_device
     return [t.with_launches() for t in times]
+
+
+def _share_out(times: Sequence[_Times]) -> list[_Times]:
+    """Let matmuls bear what several need in proportion to what each gains without it.
+
+    So each is worth it as long as all of them together are. By equal parts one that gains less than its part would be left
+    alone, and the others would bear the whole for no less.
+    """
+    gains: dict[Hashable, list[float]] = defaultdict(list)
+    for of_one in times:
+        for part in of_one.parts:
+            gains[part.key].append(of_one.gain)
+
+    def borne(part: _Part, gain: float) -> _Part:
+        if part.key is None:
+            return part
+        whole = sum(gains[part.key])
+        return part._replace(share=gain / whole if whole else 1 / len(gains[part.key]))
+
+    return [of_one._replace(parts=tuple(borne(part, of_one.gain) for part in of_one.parts)) for of_one in times]
 
 
 def _time_close_ones(times: Sequence[_Times], matmuls: Sequence[Matmul]) -> list[_Times]:
@@ -228,8 +260,7 @@ def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     rates = rates or device_rates(value.device, value.dtype, gemm.is_by_block)
     multiply = _multiply(_shape(matmul), value.dtype, gemm, rates)
     operands = _quantize_by_block(candidate, rates) if gemm.is_by_block else _quantize(candidate, rates)
-    parts = tuple(part for part in (multiply, *operands) if part.share)
-    return _Times(original, parts, rates.quantize_call, rates.gap)
+    return _Times(original, (multiply, *operands), rates.quantize_call, rates.gap)
 
 
 def _multiply(shape: tuple[int, int, int], dtype: torch.dtype, gemm: GemmFormat, rates: DeviceRates) -> _Part:
@@ -237,7 +268,7 @@ def _multiply(shape: tuple[int, int, int], dtype: torch.dtype, gemm: GemmFormat,
     work = scaled_mm_work(m, n, k, dtype.itemsize)
     seconds = max(work.flops / rates.quantized_matmul + m * n * rates.quantized_output, work.bytes / rates.quantize)
     op = Op.SCALED_MM_BLOCKWISE if gemm.is_by_block else Op.SCALED_MM
-    return _Part(seconds + rates.kernel, 1, call=Call(op, shape, dtype))
+    return _Part(seconds + rates.kernel, 1, Call(op, shape, dtype))
 
 
 def _quantize(candidate: Candidate, rates: DeviceRates) -> list[_Part]:
@@ -247,56 +278,63 @@ def _quantize(candidate: Candidate, rates: DeviceRates) -> list[_Part]:
     *_, k = _shape(matmul)
     weight_rows, other_rows = _rows(matmul)
     if matmul.role is Role.GRAD_WEIGHT:
-        columns = partial(_part, Op.QUANTIZE_COLUMNWISE_TRANSPOSE, quantize_columnwise_transpose_work, rates.quantize_columns, rates)
-        return [columns((k, other_rows), dtype, 1 / candidate.sharers), columns((k, weight_rows), dtype, share)]
-    rows = partial(_part, Op.QUANTIZE_ROWWISE, quantize_rowwise_work, rates.quantize, rates)
-    if candidate.is_fused:
-        other = _written((other_rows, k), candidate, rates)
-    else:
-        other = rows((other_rows, k), dtype, 1 / candidate.sharers)
+        ops = Op.QUANTIZE_COLUMNWISE_TRANSPOSE, quantize_columnwise_transpose_work, rates.quantize_columns, rates
+        return [
+            _quantizer(*ops, (k, other_rows), dtype)._replace(key=_key("columns", candidate.activation)),
+            _quantizer(*ops, (k, weight_rows), dtype)._replace(share=share),
+        ]
+    rows = Op.QUANTIZE_ROWWISE, quantize_rowwise_work, rates.quantize, rates
+    other = _written(other_rows, k, rates) if candidate.is_fused else _quantizer(*rows, (other_rows, k), dtype)
+    other = other._replace(key=_key("rows", candidate.activation))
     weight_dtype = unrounded(matmul.weight_operand)[0].meta["val"].dtype  # under autocast, of the parameter itself
     if gemm.weight is not Scaling.TENSOR:
-        return [other, rows((weight_rows, k), weight_dtype, share)]
-    weight = partial(_part, rate=rates.quantize, rates=rates, sizes=(weight_rows, k), dtype=weight_dtype)
-    finds = 1 / candidate.scale_sharers  # and the others round by the scale that the first has found
-    return [
-        other,
-        weight(Op.QUANTIZE_TENSORWISE, quantize_tensorwise_work, share=share * finds),
-        weight(Op.QUANTIZE_BY_SCALE, quantize_by_scale_work, share=share * (1 - finds)),
-    ]
+        return [other, _quantizer(*rows, (weight_rows, k), weight_dtype)._replace(share=share)]
+    # One reads twice, in two kernels: one for the absmax, and one that rounds. The rest round by the scale that it has found.
+    rounds = _quantizer(Op.QUANTIZE_BY_SCALE, quantize_by_scale_work, rates.quantize, rates, (weight_rows, k), weight_dtype)
+    both = _quantizer(Op.QUANTIZE_TENSORWISE, quantize_tensorwise_work, rates.quantize, rates, (weight_rows, k), weight_dtype)
+    if candidate.scale is None:
+        return [other, both._replace(share=share)]
+    finds = both._replace(
+        seconds=both.seconds - rounds.seconds, num_launches=both.num_launches - rounds.num_launches, beyond=rounds.call
+    )
+    return [other, rounds._replace(share=share), finds._replace(key=_key("scale", candidate.scale))]
 
 
 def _quantize_by_block(candidate: Candidate, rates: DeviceRates) -> list[_Part]:
     """What quantises an activation that takes over the scales of a gradient's tokens, and the gradient, which it turns."""
-    matmul, share = candidate.matmul, 1 / candidate.transpose_sharers
+    matmul = candidate.matmul
     dtype = matmul.node.meta["val"].dtype
     *_, k = _shape(matmul)
     weight_rows, other_rows = _rows(matmul)
-    columns = _part(
-        Op.QUANTIZE_BLOCKWISE_TRANSPOSE, quantize_blockwise_transpose_work, rates.quantize_columns, rates, (k, weight_rows), dtype, 1.0
-    )
-    turned = _Part(transpose_work(k, other_rows).bytes / rates.transpose + rates.kernel, 1, share, Call(Op.TRANSPOSE, (k, other_rows), dtype))
-    if not candidate.is_fused:
-        gradient = _part(Op.QUANTIZE_ROWWISE, quantize_rowwise_work, rates.quantize, rates, (k, other_rows), dtype, 1 / candidate.sharers)
-        return [gradient, columns, turned]
-    parts = [_written((k, other_rows), candidate, rates), columns, turned]
+    columns = Op.QUANTIZE_BLOCKWISE_TRANSPOSE, quantize_blockwise_transpose_work, rates.quantize_columns, rates
+    rows = Op.QUANTIZE_ROWWISE, quantize_rowwise_work, rates.quantize, rates
+    gradient = _written(k, other_rows, rates) if candidate.is_fused else _quantizer(*rows, (k, other_rows), dtype)
+    seconds = transpose_work(k, other_rows).bytes / rates.transpose + rates.kernel
+    parts = [
+        _quantizer(*columns, (k, weight_rows), dtype),
+        gradient._replace(key=_key("rows", candidate.activation)),
+        _Part(seconds, 1, Call(Op.TRANSPOSE, (k, other_rows), dtype), key=_key("turned", candidate.gradient)),
+    ]
     if candidate.spares_gradient:
-        parts.append(_Part(-dtype.itemsize * k * other_rows / rates.quantize, 0, share))
+        parts.append(_Part(-dtype.itemsize * k * other_rows / rates.quantize, 0, key=_key("spared", candidate.gradient)))
     return parts
 
 
-def _part(
-    op: Op, work: Callable[..., Work], rate: float, rates: DeviceRates, sizes: tuple[int, int], dtype: torch.dtype, share: float
+def _key(what: str, which: Hashable) -> Hashable:
+    return None if which is None else (what, which)
+
+
+def _quantizer(
+    op: Op, work: Callable[..., Work], rate: float, rates: DeviceRates, sizes: tuple[int, int], dtype: torch.dtype
 ) -> _Part:
-    """A quantiser by its rate, bytes/s."""
+    """By its rate, bytes/s."""
     call = Call(op, sizes, dtype)
-    return _Part(work(*sizes, dtype.itemsize).bytes / rate + call.num_kernels * rates.kernel, call.num_kernels, share, call)
+    return _Part(work(*sizes, dtype.itemsize).bytes / rate + call.num_kernels * rates.kernel, call.num_kernels, call)
 
 
-def _written(sizes: tuple[int, int], candidate: Candidate, rates: DeviceRates) -> _Part:
+def _written(num_rows: int, num_columns: int, rates: DeviceRates) -> _Part:
     """int8 and scales, of rows, which is all that the kernel that computes them adds; it takes the host as long as one of its own."""
-    num_rows, num_columns = sizes
-    return _Part(num_rows * (num_columns + 4) / rates.quantize, 1, 1 / candidate.sharers)
+    return _Part(num_rows * (num_columns + 4) / rates.quantize, 1)
 
 
 def _rows(matmul: Matmul) -> tuple[int, int]:

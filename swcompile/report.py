@@ -30,7 +30,7 @@ class Decision:
     reason: str
     """Why it was rewritten or not, with the number that decided."""
     speedup: float | None = None
-    """Predicted time of the original over that in 8 bit with its quantisation; None where nobody asked."""
+    """Time of the original over that in 8 bit with its quantisation, predicted, or measured where that is near 1; None where nobody asked."""
     violation: bool = False
     """It was asked for and is not rewritten: `strict` raises."""
 

@@ -128,8 +128,13 @@ def test_a_sum_over_tokens_has_its_own_rates(monkeypatch: pytest.MonkeyPatch) ->
     seconds = 2 * 1024 * 512 * 256 / RATES.matmul + RATES.kernel
     twice_read = (1024 * (256 + 512) * (2 * 4 + 1) + 4 * (256 + 512)) / RATES.quantize_columns + 4 * RATES.kernel
     # The activation times the scales of tokens, once read; int8 of the gradient, which grad_input reads as well, turned.
-    turned = (1024 * (256 * (4 + 1) + 4) + 4 * 256) / RATES.quantize_columns + 1024 * 512 * 2 / RATES.transpose + 2 * RATES.kernel
-    once_read = turned + ((1024 * (512 * (4 + 1) + 4)) / RATES.quantize + RATES.kernel) / 2
+    columns = (1024 * (256 * (4 + 1) + 4) + 4 * 256) / RATES.quantize_columns + RATES.kernel
+    turned = columns + 1024 * 512 * 2 / RATES.transpose + RATES.kernel
+    weight = (512 * 256 * (4 + 1) + 4) / RATES.quantize + RATES.kernel
+    gain = seconds - (2 * 1024 * 512 * 256 / 1.5e12 + RATES.kernel + columns)
+    share = gain / (gain + seconds - (2 * 1024 * 512 * 256 / RATES.quantized_matmul + RATES.kernel + weight))
+    assert 0.2 < share < 0.48
+    once_read = turned + share * ((1024 * (512 * (4 + 1) + 4)) / RATES.quantize + RATES.kernel)
     for recipe, rate, quantize in (("switchback_full", 1.5e12, once_read), ("llm_int8", RATES.quantized_matmul, twice_read)):
         (decision,) = (
             d for d in swcompile.explain(layer, x, include="*", recipe=recipe).decisions if d.role is Role.GRAD_WEIGHT
@@ -137,7 +142,7 @@ def test_a_sum_over_tokens_has_its_own_rates(monkeypatch: pytest.MonkeyPatch) ->
         expected = seconds / (2 * 1024 * 512 * 256 / rate + RATES.kernel + quantize)
         assert decision.speedup == pytest.approx(expected, rel=1e-6)
     # What computes the gradient writes int8 for grad_input as well, and no float32 for anybody.
-    written = 1024 * (512 + 4) / RATES.quantize / 2 - 1024 * 512 * 4 / RATES.quantize
+    written = share * 1024 * (512 + 4) / RATES.quantize - 1024 * 512 * 4 / RATES.quantize
     report = swcompile.explain(nn.Sequential(layer, nn.GELU()), x, include="*", recipe="switchback_full", fuse=True)
     (decision,) = (d for d in report.decisions if d.role is Role.GRAD_WEIGHT)
     expected = seconds / (2 * 1024 * 512 * 256 / 1.5e12 + RATES.kernel + turned + written)
@@ -207,16 +212,16 @@ def test_what_is_read_and_written_between_matmuls() -> None:
     assert cost._original(on_left, RATES).between == pytest.approx(2 * (moved / RATES.quantize + RATES.kernel))
     gemm = make_recipe({}).format_of(Role.OUTPUT)
     assert gemm is not None
-    times = [cost._times(Candidate(on_left, gemm, sharers), RATES).quantized for sharers in (1, 10**9)]
-    rows = 16 * 1024 * (256 * (4 + 1) + 4) / RATES.quantize
-    assert times[0] - times[1] == pytest.approx(rows + RATES.kernel, rel=1e-3), "each row of x, of each matrix"
+    (rows,) = (part for part in cost._times(Candidate(on_left, gemm, activation="x"), RATES).parts if part.key == ("rows", "x"))
+    expected = 16 * 1024 * (256 * (4 + 1) + 4) / RATES.quantize + RATES.kernel
+    assert rows.seconds == pytest.approx(expected), "each row of x, of each matrix"
 
 
 def test_other_matmuls_keep_the_device_busy_and_the_host_too() -> None:
     found = traced(nn.Linear(256, 512), torch.randn(1024, 256, requires_grad=True))
     gemm = make_recipe({}).format_of(Role.OUTPUT)
     assert gemm is not None
-    candidate, others = Candidate(found[Role.OUTPUT], gemm, 1), [found[Role.GRAD_INPUT]]
+    candidate, others = Candidate(found[Role.OUTPUT], gemm), [found[Role.GRAD_INPUT]]
     rates = dataclasses.replace(RATES, matmul_call=5e-5, quantize_call=1e-3)
     times, other = cost._times(candidate, rates), cost._original(*others, rates)
     ahead = other.seconds + other.between - 3 * 5e-5  # the host is, of the device, with the matmul and two kernels behind it
@@ -261,6 +266,49 @@ MODEL = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256))
 CLOSE_RATES = dataclasses.replace(
     RATES, quantize=2e10, quantize_columns=1e10, transpose=2e10, kernel=1e-5, matmul_call=0.0, quantize_call=0.0
 )
+
+
+@pytest.mark.parametrize("are_all", [False, True], ids=["only what is worth it alone", "all that are worth it together"])
+def test_what_is_shared_is_borne_by_who_gains(are_all: bool) -> None:
+    """By equal parts the small one of three would be left alone, although its activation is in int8 in any case."""
+    sizes = (512, 512, 24 if are_all else 16)
+    model = nn.ModuleList(nn.Linear(256, size, bias=False) for size in sizes)
+
+    class Projections(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([layer(x) for layer in self.layers], -1)
+
+    found = matmuls(swcompile.capture(Projections().requires_grad_(False), torch.randn(1024, 256)).graph)
+    gemm = make_recipe({}).format_of(Role.OUTPUT)
+    assert gemm is not None
+    rates = dataclasses.replace(CLOSE_RATES, kernel=5e-6, quantize=1e15, quantized_matmul=8e12)
+
+    def seconds(size: int) -> tuple[float, float]:
+        """As it is, and in int8 without its activation: one kernel, and three with the two for the weight."""
+        flops = 2 * 1024 * size * 256
+        return flops / 1e12 + 5e-6, flops / 8e12 + 3 * 5e-6
+
+    activation = 5e-6
+    gains = [as_it_is - int8 for as_it_is, int8 in map(seconds, sizes)]
+    assert gains[2] < activation / 3 < sum(gains) / 3 and (gains[2] > 0) == are_all
+    predictions = cost.predict_speedups([Candidate(matmul, gemm, activation="x") for matmul in found], rates=rates)
+    for size, gain, prediction in zip(sizes, gains, predictions, strict=True):
+        as_it_is, int8 = seconds(size)
+        assert prediction.speedup == pytest.approx(as_it_is / (int8 + activation * max(gain, 0) / sum(g for g in gains if g > 0)), rel=1e-4)
+    assert [prediction.speedup > 1 for prediction in predictions] == [True, True, are_all]
+
+
+def test_where_nothing_is_gained_all_bear_the_same() -> None:
+    found = matmuls(swcompile.capture(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), torch.randn(4, 16)).graph)
+    gemm = make_recipe({}).format_of(Role.OUTPUT)
+    assert gemm is not None
+    candidates = [Candidate(matmul, gemm, activation="x") for matmul in found if matmul.role is Role.OUTPUT]
+    times = cost._share_out([cost._times(candidate, RATES) for candidate in candidates])
+    assert [part.share for of_one in times for part in of_one.parts if part.key] == [0.5, 0.5]
 
 
 class Timer:
@@ -360,7 +408,7 @@ def test_rates_that_are_given_are_all_that_counts(timer: Timer) -> None:
     found = traced(nn.Linear(256, 512), torch.randn(1024, 256, requires_grad=True))
     gemm = make_recipe({}).format_of(Role.OUTPUT)
     assert gemm is not None
-    (prediction,) = cost.predict_speedups([Candidate(found[Role.OUTPUT], gemm, 1)], rates=CLOSE_RATES)
+    (prediction,) = cost.predict_speedups([Candidate(found[Role.OUTPUT], gemm)], rates=CLOSE_RATES)
     assert cost._CLOSE[0] < prediction.speedup < cost._CLOSE[1] and not prediction.is_measured and not timer.asked
 
 

@@ -343,7 +343,7 @@ def test_the_cost_rule_counts_a_share_of_the_weight() -> None:
     def speedups(role: Role, passes: int) -> float:
         gemm = recipe.format_of(Role.OUTPUT)
         assert gemm is not None
-        return predict_speedups([Candidate(matmuls[role], gemm, 1, weight_passes=passes)], rates=RATES)[0].speedup
+        return predict_speedups([Candidate(matmuls[role], gemm, weight_passes=passes)], rates=RATES)[0].speedup
 
     for role in (Role.OUTPUT, Role.GRAD_INPUT):
         one, two, many = (speedups(role, passes) for passes in (1, 2, 10**9))

@@ -111,26 +111,27 @@ def _predictions(
 
 
 def _candidates(matmuls: Sequence[Matmul], recipe: Recipe) -> list[Candidate]:
-    """The matmuls, each with how many of them share what it reads."""
-    sharing = Counter(_activation_key(matmul, recipe) for matmul in matmuls)
+    """The matmuls, each with what it shares."""
     readers = Counter(_weight_key(matmul) for matmul in matmuls)
-    scale_readers = Counter(_weight_key(matmul)[0] for matmul in matmuls if _keeps_scale(matmul, recipe))
-    by_token = Counter(values.source_of(matmul.other_operand) for matmul in matmuls if matmul.role is Role.GRAD_WEIGHT)
     nodes = {matmul.node for matmul in matmuls}
     candidates = []
     for matmul in matmuls:
         gemm = recipe.format_of(matmul.role)
         assert gemm is not None
-        sharers = sharing[_activation_key(matmul, recipe)]
         is_held = readers[_weight_key(matmul)] == 1 and _can_be_held(matmul, gemm)
-        weight_passes = recipe.micro_batches if is_held else 1
-        scale_sharers = scale_readers[_weight_key(matmul)[0]] if _keeps_scale(matmul, recipe) else 1
         fuses = matmul.other_operand.meta["val"].device.type in fused_devices(recipe)
         is_fused = fuses and _will_be_fused(matmul, gemm)
-        transpose_sharers = by_token[values.source_of(matmul.other_operand)] if gemm.is_by_block else 1
-        spares_gradient = gemm.is_by_block and is_fused and _reads_alone(matmul, nodes)
         candidates.append(
-            Candidate(matmul, gemm, sharers, is_fused, weight_passes, scale_sharers, transpose_sharers, spares_gradient)
+            Candidate(
+                matmul,
+                gemm,
+                activation=_activation_key(matmul, recipe),
+                is_fused=is_fused,
+                weight_passes=recipe.micro_batches if is_held else 1,
+                scale=_weight_key(matmul)[0] if _keeps_scale(matmul, recipe) else None,
+                gradient=values.source_of(matmul.other_operand) if gemm.is_by_block else None,
+                spares_gradient=gemm.is_by_block and is_fused and _reads_alone(matmul, nodes),
+            )
         )
     return candidates
 
