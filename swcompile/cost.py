@@ -129,8 +129,7 @@ class _Times(NamedTuple):
         """What counts where the host is: it launches the next kernels while the device runs those between."""
         original, between = self.original, self.original.between
         speedup = max(original.seconds, original.host - between) / max(self.quantized, self.quantized_host - between)
-        by_device = self.on_device()
-        return by_device._replace(speedup=speedup, launches_decide=speedup < MIN_SPEEDUP <= by_device.speedup)
+        return Prediction(speedup, launches_decide=speedup < MIN_SPEEDUP <= self.on_device().speedup)
 
     def calls(self) -> set[Call]:
         """All that can be timed."""
