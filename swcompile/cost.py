@@ -12,8 +12,9 @@ from torch._inductor import config as inductor_config
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from swcompile.calls import Call, Op
+from swcompile.calls import Call, Flag, Op
 from swcompile.graph import Matmul, hint
+from swcompile.kernels.int8 import padded
 from swcompile.kernels.library import Work
 from swcompile.kernels.quantize_blockwise import quantize_blockwise_transpose_work
 from swcompile.kernels.quantize_columnwise import quantize_columnwise_transpose_work
@@ -25,7 +26,7 @@ from swcompile.kernels.tuning import bucket
 from swcompile.measuring import DeviceRates
 from swcompile.rates import call_seconds, device_rates
 from swcompile.recipe import GemmFormat, Role, Scaling
-from swcompile.values import unrounded
+from swcompile.values import is_column_major, unrounded
 
 MIN_SPEEDUP = 1.02
 """What 8 bit has to be worth at least: near 1 a prediction may be on the wrong side, and 8 bit rounds."""
@@ -43,11 +44,19 @@ class Candidate(NamedTuple):
     weight_passes: int = 1
     """How many passes the quantised weight serves."""
     scale: Hashable = None
-    """Equal for those that read the weight by one scale, which is found for all of them; None where each finds its own."""
+    """Equal for those that read the weight by one scale, which is found for all of them; None where this one finds its own."""
+    finds_scale: bool = True
+    """It is the one that finds it, as the first of them does."""
     gradient: Hashable = None
-    """Equal for those that read the transpose of the same int8 gradient; likewise."""
+    """Equal for those that read the transpose of the same int8 gradient; None where nobody else does."""
     spares_gradient: bool = False
     """Nobody reads the gradient but candidates, so that the kernel that computes and quantises it writes only int8."""
+    has_bias: bool = False
+    """`scaled_mm` adds it, as the original does."""
+    is_plain: bool = True
+    """It is one product of two matrices, which is computed as it stands: what can be timed."""
+    is_timed: bool = False
+    """Its calls have been timed, and count whatever rates predict."""
 
 
 class Prediction(NamedTuple):
@@ -85,9 +94,9 @@ class _Part(NamedTuple):
     """Of the device."""
     num_launches: int
     call: Call | None = None
-    """To time it; not for what a kernel does in addition that computes something else."""
-    beyond: Call | None = None
-    """It takes only what the call takes longer than this one."""
+    """To time it; not for what is no call of its own, but a part of one."""
+    less: float = 0.0
+    """Seconds of the call that are another part."""
     share: float = 1.0
     """Of it that this matmul bears."""
     key: Hashable = None
@@ -133,20 +142,17 @@ class _Times(NamedTuple):
 
     def calls(self) -> set[Call]:
         """All that can be timed."""
-        of_parts = {call for part in self.parts for call in (part.call, part.beyond) if call}
-        return {self.original.call} | of_parts
+        return {self.original.call} | {part.call for part in self.parts if part.call}
 
     def measured(self, seconds: Mapping[Call, float]) -> "_Times":
         """With times of calls in the place of those that rates predict; as it is where one of them is not known."""
         if not self.calls() <= seconds.keys():
             return self
 
-        def found(call: Call | None) -> float:
-            return seconds[call] + call.num_kernels * self.gap if call else 0.0
+        def found(call: Call) -> float:
+            return seconds[call] + call.num_kernels * self.gap
 
-        parts = tuple(
-            part._replace(seconds=max(found(part.call) - found(part.beyond), 0.0)) if part.call else part for part in self.parts
-        )
+        parts = tuple(part._replace(seconds=found(part.call) - part.less) if part.call else part for part in self.parts)
         original = self.original._replace(seconds=found(self.original.call))
         return self._replace(original=original, parts=parts, is_measured=True)
 
@@ -171,7 +177,7 @@ def predict_speedups(
     """
     times = _share_out([_times(candidate, rates) for candidate in candidates])
     if rates is None:
-        times = _share_out(_time_close_ones(times, [candidate.matmul for candidate in candidates]))
+        times = _share_out(_time_close_ones(times, candidates))
     dtypes = {candidate.matmul.node.meta["val"].dtype for candidate in candidates}  # the device is measured for these
     rest = [_original(matmul, rates) for matmul in others if matmul.node.meta["val"].dtype in dtypes]
     device = sum(t.quantized + t.original.between for t in times) + sum(t.seconds + t.between for t in rest)
@@ -186,8 +192,9 @@ def predict_speedups(
 def _share_out(times: Sequence[_Times]) -> list[_Times]:
     """Let matmuls bear what several need in proportion to what each gains without it.
 
-    So each is worth it as long as all of them together are. By equal parts one that gains less than its part would be left
-    alone, and the others would bear the whole for no less.
+    By equal parts one that gains less than its part would be left alone, and the others would bear the whole for no less. So
+    of those that share one thing each is worth it as long as all together are; of those that share several, and within
+    `MIN_SPEEDUP` of 1, nearly so.
     """
     gains: dict[Hashable, list[float]] = defaultdict(list)
     for of_one in times:
@@ -203,13 +210,14 @@ def _share_out(times: Sequence[_Times]) -> list[_Times]:
     return [of_one._replace(parts=tuple(borne(part, of_one.gain) for part in of_one.parts)) for of_one in times]
 
 
-def _time_close_ones(times: Sequence[_Times], matmuls: Sequence[Matmul]) -> list[_Times]:
+def _time_close_ones(times: Sequence[_Times], candidates: Sequence[Candidate]) -> list[_Times]:
     """Times of calls in the place of predictions that are near 1."""
     wanted: dict[torch.device, set[Call]] = defaultdict(set)
     close: dict[int, torch.device] = {}
-    for number, (of_one, matmul) in enumerate(zip(times, matmuls, strict=True)):
-        if _CLOSE[0] < of_one.on_device().speedup < _CLOSE[1] and _is_plain(matmul):
-            close[number] = matmul.node.meta["val"].device
+    for number, (of_one, candidate) in enumerate(zip(times, candidates, strict=True)):
+        is_close = candidate.is_timed or _CLOSE[0] < of_one.on_device().speedup < _CLOSE[1]
+        if is_close and candidate.is_plain and 0 not in _shape(candidate.matmul):
+            close[number] = candidate.matmul.node.meta["val"].device
             wanted[close[number]] |= of_one.calls()
     seconds = {device: call_seconds(sorted(calls, key=str), device) for device, calls in wanted.items()}
     return [
@@ -222,12 +230,7 @@ _CLOSE = 0.9, 1.25
 high; where int8 was a quarter faster or more by prediction, it was faster."""
 
 
-def _is_plain(matmul: Matmul) -> bool:
-    """Whether it is one product of two matrices with something in them, as is timed."""
-    return matmul.node.meta["val"].dim() == 2 and 0 not in _shape(matmul)
-
-
-def _original(matmul: Matmul, rates: DeviceRates | None) -> _Original:
+def _original(matmul: Matmul, rates: DeviceRates | None, *, has_bias: bool = False) -> _Original:
     value = matmul.node.meta["val"]
     rates = rates or device_rates(value.device, value.dtype)
     m, n, k = _shape(matmul)
@@ -238,7 +241,13 @@ def _original(matmul: Matmul, rates: DeviceRates | None) -> _Original:
     # Those of a weight's gradient are read and written around other matmuls, and its result by the optimizer alone.
     touched = 0 if matmul.role is Role.GRAD_WEIGHT else itemsize * (_num_elements(matmul.other_operand) + m * n)
     between = _BETWEEN * (2 * touched / rates.quantize + rates.kernel)
-    return _Original(seconds + rates.kernel, between, rates.matmul_call, Call(Op.MATMUL, (m, n, k), value.dtype))
+    flags = {
+        Flag.BIAS: has_bias,
+        Flag.LHS_TRANSPOSED: is_column_major(matmul.lhs.meta["val"]),
+        Flag.RHS_TRANSPOSED: is_column_major(matmul.rhs.meta["val"]),
+    }
+    call = Call(Op.MATMUL, (m, n, k), value.dtype, tuple(flag for flag, is_set in flags.items() if is_set))
+    return _Original(seconds + rates.kernel, between, rates.matmul_call, call)
 
 
 _BETWEEN = 2.0
@@ -255,48 +264,72 @@ def _num_elements(node: fx.Node) -> int:
 def _times(candidate: Candidate, rates: DeviceRates | None) -> _Times:
     matmul, gemm = candidate.matmul, candidate.gemm
     value = matmul.node.meta["val"]
-    original = _original(matmul, rates)
+    original = _original(matmul, rates, has_bias=candidate.has_bias)
     rates = rates or device_rates(value.device, value.dtype, gemm.is_by_block)
-    multiply = _multiply(_shape(matmul), value.dtype, gemm, rates)
+    multiply = _multiply(candidate, rates)
     operands = _quantize_by_block(candidate, rates) if gemm.is_by_block else _quantize(candidate, rates)
     return _Times(original, (multiply, *operands), rates.quantize_call, rates.gap)
 
 
-def _multiply(shape: tuple[int, int, int], dtype: torch.dtype, gemm: GemmFormat, rates: DeviceRates) -> _Part:
-    m, n, k = shape
+def _multiply(candidate: Candidate, rates: DeviceRates) -> _Part:
+    matmul, gemm = candidate.matmul, candidate.gemm
+    dtype = matmul.node.meta["val"].dtype
+    m, n, k = _shape(matmul)
     work = scaled_mm_work(m, n, k, dtype.itemsize)
     seconds = max(work.flops / rates.quantized_matmul + m * n * rates.quantized_output, work.bytes / rates.quantize)
+    if gemm.is_by_block:
+        k = padded(k)  # by what quantises and turns the operands
+    flags = {Flag.BIAS: candidate.has_bias, Flag.COLUMN_SCALES: gemm.weight is Scaling.VECTOR}
     op = Op.SCALED_MM_BLOCKWISE if gemm.is_by_block else Op.SCALED_MM
-    return _Part(seconds + rates.kernel, 1, Call(op, shape, dtype))
+    return _Part(seconds + rates.kernel, 1, Call(op, (m, n, k), dtype, tuple(flag for flag, is_set in flags.items() if is_set)))
 
 
 def _quantize(candidate: Candidate, rates: DeviceRates) -> list[_Part]:
     """What quantises the operands of a matmul by one scale, or by scales of what it does not sum over."""
-    matmul, gemm, share = candidate.matmul, candidate.gemm, 1 / candidate.weight_passes
-    dtype = matmul.node.meta["val"].dtype
+    matmul, share = candidate.matmul, 1 / candidate.weight_passes
     *_, k = _shape(matmul)
     weight_rows, other_rows = _rows(matmul)
-    if matmul.role is Role.GRAD_WEIGHT:
-        ops = Op.QUANTIZE_COLUMNWISE_TRANSPOSE, quantize_columnwise_transpose_work, rates.quantize_columns, rates
-        return [
-            _quantizer(*ops, (k, other_rows), dtype)._replace(key=_key("columns", candidate.activation)),
-            _quantizer(*ops, (k, weight_rows), dtype)._replace(share=share),
-        ]
-    rows = Op.QUANTIZE_ROWWISE, quantize_rowwise_work, rates.quantize, rates
-    other = _written(other_rows, k, rates) if candidate.is_fused else _quantizer(*rows, (other_rows, k), dtype)
+    if candidate.is_fused:
+        other = _written(other_rows, k, rates)
+    else:
+        other = _quantizer(*_laid_out(_OPS[Scaling.VECTOR], matmul, other_rows, is_weight=False), rates)
     other = other._replace(key=_key("rows", candidate.activation))
-    weight_dtype = unrounded(matmul.weight_operand)[0].meta["val"].dtype  # under autocast, of the parameter itself
-    if gemm.weight is not Scaling.TENSOR:
-        return [other, _quantizer(*rows, (weight_rows, k), weight_dtype)._replace(share=share)]
-    # One reads twice, in two kernels: one for the absmax, and one that rounds. The rest round by the scale that it has found.
-    rounds = _quantizer(Op.QUANTIZE_BY_SCALE, quantize_by_scale_work, rates.quantize, rates, (weight_rows, k), weight_dtype)
-    both = _quantizer(Op.QUANTIZE_TENSORWISE, quantize_tensorwise_work, rates.quantize, rates, (weight_rows, k), weight_dtype)
+    if candidate.gemm.weight is Scaling.VECTOR:
+        return [other, _quantizer(*_laid_out(_OPS[Scaling.VECTOR], matmul, weight_rows, is_weight=True), rates)._replace(share=share)]
+    both = _quantizer(*_laid_out(_OPS[Scaling.TENSOR], matmul, weight_rows, is_weight=True), rates)
     if candidate.scale is None:
         return [other, both._replace(share=share)]
-    finds = both._replace(
-        seconds=both.seconds - rounds.seconds, num_launches=both.num_launches - rounds.num_launches, beyond=rounds.call
-    )
-    return [other, rounds._replace(share=share), finds._replace(key=_key("scale", candidate.scale))]
+    # The first one reads it twice, in two kernels: one for the absmax, which is shared, and one that rounds, as each has it.
+    rounds = _quantizer(*_laid_out(_BY_SCALE, matmul, weight_rows, is_weight=True), rates)
+    finds = _Part(both.seconds - rounds.seconds, both.num_launches - rounds.num_launches, key=_key("scale", candidate.scale))
+    if candidate.finds_scale:
+        rounds = rounds._replace(call=both.call, less=finds.seconds)
+    return [other, rounds._replace(share=share), finds]
+
+
+_OPS = {
+    Scaling.VECTOR: (Op.QUANTIZE_ROWWISE, Op.QUANTIZE_COLUMNWISE_TRANSPOSE),
+    Scaling.TENSOR: (Op.QUANTIZE_TENSORWISE, Op.QUANTIZE_TENSORWISE_TRANSPOSE),
+}
+"""Of an operand that lies in memory as [outer, contracted], and of one that lies as [contracted, outer]."""
+_BY_SCALE = Op.QUANTIZE_BY_SCALE, Op.QUANTIZE_BY_SCALE_TRANSPOSE
+
+
+def _laid_out(
+    ops: tuple[Op, Op], matmul: Matmul, num_rows: int, *, is_weight: bool
+) -> tuple[Op, tuple[int, int], torch.dtype]:
+    """The op that quantises an operand of so many outer elements as it lies in memory, and what it reads."""
+    operand = matmul.weight_operand if is_weight else matmul.other_operand
+    is_left = is_weight == matmul.weight_on_left
+    *_, k = _shape(matmul)
+    # Under autocast a weight's own dtype is that of the parameter itself.
+    is_unrounded = is_weight and matmul.role is not Role.GRAD_WEIGHT
+    value = operand.meta["val"]
+    dtype = (unrounded(operand)[0] if is_unrounded else operand).meta["val"].dtype
+    is_folded = value.dim() == 3 and not is_weight  # into rows that are laid out anew
+    if is_left == is_column_major(value) and not is_folded:
+        return ops[1], (k, num_rows), dtype
+    return ops[0], (num_rows, k), dtype
 
 
 def _quantize_by_block(candidate: Candidate, rates: DeviceRates) -> list[_Part]:
@@ -305,14 +338,11 @@ def _quantize_by_block(candidate: Candidate, rates: DeviceRates) -> list[_Part]:
     dtype = matmul.node.meta["val"].dtype
     *_, k = _shape(matmul)
     weight_rows, other_rows = _rows(matmul)
-    columns = Op.QUANTIZE_BLOCKWISE_TRANSPOSE, quantize_blockwise_transpose_work, rates.quantize_columns, rates
-    rows = Op.QUANTIZE_ROWWISE, quantize_rowwise_work, rates.quantize, rates
-    gradient = _written(k, other_rows, rates) if candidate.is_fused else _quantizer(*rows, (k, other_rows), dtype)
-    seconds = transpose_work(k, other_rows).bytes / rates.transpose + rates.kernel
+    gradient = _written(k, other_rows, rates) if candidate.is_fused else _quantizer(Op.QUANTIZE_ROWWISE, (k, other_rows), dtype, rates)
     parts = [
-        _quantizer(*columns, (k, weight_rows), dtype),
+        _quantizer(Op.QUANTIZE_BLOCKWISE_TRANSPOSE, (k, weight_rows), dtype, rates),
         gradient._replace(key=_key("rows", candidate.activation)),
-        _Part(seconds, 1, Call(Op.TRANSPOSE, (k, other_rows), dtype), key=_key("turned", candidate.gradient)),
+        _quantizer(Op.TRANSPOSE, (k, other_rows), torch.int8, rates)._replace(key=_key("turned", candidate.gradient)),
     ]
     if candidate.spares_gradient:
         parts.append(_Part(-dtype.itemsize * k * other_rows / rates.quantize, 0, key=_key("spared", candidate.gradient)))
@@ -323,12 +353,26 @@ def _key(what: str, which: Hashable) -> Hashable:
     return None if which is None else (what, which)
 
 
-def _quantizer(
-    op: Op, work: Callable[..., Work], rate: float, rates: DeviceRates, sizes: tuple[int, int], dtype: torch.dtype
-) -> _Part:
-    """By its rate, bytes/s."""
+def _quantizer(op: Op, sizes: tuple[int, int], dtype: torch.dtype, rates: DeviceRates) -> _Part:
+    """What a call takes by its rate."""
     call = Call(op, sizes, dtype)
-    return _Part(work(*sizes, dtype.itemsize).bytes / rate + call.num_kernels * rates.kernel, call.num_kernels, call)
+    if op is Op.TRANSPOSE:
+        seconds = transpose_work(*sizes).bytes / rates.transpose
+    else:
+        by_columns = op in (Op.QUANTIZE_COLUMNWISE_TRANSPOSE, Op.QUANTIZE_BLOCKWISE_TRANSPOSE)
+        seconds = _WORK[op](*sizes, dtype.itemsize).bytes / (rates.quantize_columns if by_columns else rates.quantize)
+    return _Part(seconds + call.num_kernels * rates.kernel, call.num_kernels, call)
+
+
+_WORK: dict[Op, Callable[..., Work]] = {
+    Op.QUANTIZE_ROWWISE: quantize_rowwise_work,
+    Op.QUANTIZE_COLUMNWISE_TRANSPOSE: quantize_columnwise_transpose_work,
+    Op.QUANTIZE_BLOCKWISE_TRANSPOSE: quantize_blockwise_transpose_work,
+    Op.QUANTIZE_TENSORWISE: quantize_tensorwise_work,
+    Op.QUANTIZE_TENSORWISE_TRANSPOSE: quantize_tensorwise_work,
+    Op.QUANTIZE_BY_SCALE: quantize_by_scale_work,
+    Op.QUANTIZE_BY_SCALE_TRANSPOSE: quantize_by_scale_work,
+}
 
 
 def _written(num_rows: int, num_columns: int, rates: DeviceRates) -> _Part:

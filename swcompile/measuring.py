@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import statistics
 import time
 from collections import defaultdict
@@ -11,14 +12,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from swcompile.calls import Call, Op
+from swcompile.calls import Call, Flag, Op
 from swcompile.kernels.launch import Launch
 from swcompile.kernels.quantize_blockwise import quantize_blockwise_transpose_work
 from swcompile.kernels.quantize_columnwise import quantize_columnwise_transpose_work
 from swcompile.kernels.quantize_rowwise import quantize_rowwise_work
 from swcompile.kernels.timing import intervals_ms
 from swcompile.kernels.transpose import transpose_work
-from swcompile.kernels.tuning import launches_of, run_together
+from swcompile.kernels.tuning import launches_of
 from swcompile.kernels.workers import compile_elsewhere, compile_here, wait_for
 
 
@@ -55,18 +56,20 @@ class DeviceRates:
         return self.kernel * (1 - 1 / _AMONG_OTHERS)
 
 
-class Timings(NamedTuple):
-    """What calls take among their equals: on a GPU the device, on a CPU all in all."""
+class Timing(NamedTuple):
+    """What a call takes among its equals: on a GPU the device, on a CPU all in all."""
 
-    seconds: dict[Call, float]
+    seconds: float
+    """Median of three."""
     spread: float
-    """By what factor timings of one call differed at most."""
+    """By what factor they differed at most."""
 
 
 def measure(device: torch.device, dtype: torch.dtype, by_block: bool) -> DeviceRates:
     """Rates of a device for a dtype, and for int8 with scales by block or without."""
     trials = _Trials.of(device, dtype, by_block)
-    seconds, spread = time_calls(trials.all(), device)
+    timings = time_calls(trials.all(), device)
+    seconds = {call: timing.seconds for call, timing in timings.items()}
     matmul_call, quantize_call = 0.0, 0.0
     kernel = seconds[trials.small]
     if device.type == "cuda":
@@ -89,25 +92,30 @@ def measure(device: torch.device, dtype: torch.dtype, by_block: bool) -> DeviceR
         kernel=kernel,
         matmul_call=matmul_call,
         quantize_call=quantize_call,
-        spread=spread,
+        spread=max(timing.spread for timing in timings.values()),
     )
 
 
-def time_calls(calls: Collection[Call], device: torch.device) -> Timings:
-    """Median seconds of each call, which take turns.
+def time_calls(calls: Collection[Call], device: torch.device) -> dict[Call, Timing]:
+    """What each of several calls takes, which take turns; the operands of one are in memory at a time.
 
-    A GPU is timed again where timings differ, as they do while other programs use it, and the steadiest ones count. On a
-    CPU other programs are the rule, and each timing is the shortest of a few.
+    On a GPU those are timed again whose timings differ, as they do while other programs use it, and the steadiest count. On
+    a CPU other programs are the rule, and each timing is the shortest of a few.
 
     Raises:
-        torch.OutOfMemoryError: the operands of all calls do not fit in memory at once.
+        Exception: what a call raises, as an operand that does not fit in memory does.
     """
-    timings: list[Timings] = []
-    for _ in range(_ATTEMPTS):
-        timings.append(_in_a_thread(_time_once, calls, device))
-        if is_steady(timings[-1].spread) or device.type == "cpu":
+    if device.type == "cuda":
+        _in_a_thread(_compile, calls, device)
+    timings: dict[Call, Timing] = {}
+    left = list(calls)
+    for _ in range(_ATTEMPTS if device.type == "cuda" else 1):
+        for call, timing in _in_a_thread(_time_once, left, device).items():
+            timings[call] = min(timing, timings.get(call, timing), key=lambda timing: timing.spread)
+        left = [call for call, timing in timings.items() if not is_steady(timing.spread)]
+        if not left:
             break
-    return min(timings, key=lambda timing: timing.spread)
+    return timings
 
 
 def is_steady(spread: float) -> bool:
@@ -124,26 +132,39 @@ or more off, 1.5 to 23."""
 def compile_trials(wanted: Iterable[tuple[torch.device, torch.dtype, bool]]) -> None:
     """Have the kernels compiled by which devices will be measured, each for a dtype and for scales by block or not.
 
-    Those that a model will need next are compiled with them. Where Inductor's processes are still to start, threads are
-    done sooner.
+    Those that a model will need next are compiled with them.
     """
-    launches: dict[torch.device, dict[str, Launch]] = defaultdict(dict)
+    calls: dict[torch.device, set[Call]] = defaultdict(set)
     for device, dtype, by_block in wanted:
+        trials = _Trials.of(device, dtype, by_block)
+        calls[device] |= {*trials.all(), *trials.next()}
+    for device, different in calls.items():
         with contextlib.suppress(torch.OutOfMemoryError):
-            trials = _Trials.of(device, dtype, by_block)
-            found = _in_a_thread(_launches, [*trials.all(), *trials.next()], device)
-            launches[device].update((str(launch), launch) for launch in found)
-    for device, different in launches.items():
-        elsewhere = compile_elsewhere(different.values(), device)
-        _compiling.extend(elsewhere)
-        if not elsewhere:
-            _compiling_here.extend(compile_here(different.values(), device))
+            _start_compiling(_in_a_thread(_launches, different, device), device)
+
+
+def _compile(calls: Iterable[Call], device: torch.device) -> None:
+    """Have the kernels of calls compiled next to each other, and wait for them and for those of others: they keep the host busy."""
+    _start_compiling(_launches(calls, device), device)
+    wait_for(_compiling)
+    wait(_compiling_here)
+    _compiling.clear()
+    _compiling_here.clear()
+
+
+def _start_compiling(launches: Iterable[Launch], device: torch.device) -> None:
+    """Where Inductor's processes are still to start, threads are done sooner."""
+    different = {str(launch): launch for launch in launches}.values()
+    elsewhere = compile_elsewhere(different, device)
+    _compiling.extend(elsewhere)
+    if not elsewhere:
+        _compiling_here.extend(compile_here(different, device))
 
 
 def _launches(calls: Iterable[Call], device: torch.device) -> list[Launch]:
-    """What calls launch, the operands of one in memory at a time."""
+    """What calls of ours launch."""
     with _quietly(device):
-        return [launch for call in calls for launch in launches_of([call.prepare(device)])]
+        return [launch for call in calls if call.op is not Op.MATMUL for launch in launches_of([call.prepare(device)])]
 
 
 _compiling: list[Future[None]] = []
@@ -182,17 +203,18 @@ class _Trials(NamedTuple):
     def of(cls, device: torch.device, dtype: torch.dtype, by_block: bool) -> "_Trials":
         size = 4096 if device.type == "cuda" else 512
         rows = 8 * size if device.type == "cuda" else 2 * size
+        linear = (Flag.RHS_TRANSPOSED,)
         matmuls = [(rows, size, size // share) for share in _SHARES]
         in_blocks = [(size, size, rows // share) for share in _SHARES]  # sums over the rows, as a weight's gradient does
         by_columns = Op.QUANTIZE_BLOCKWISE_TRANSPOSE if by_block else Op.QUANTIZE_COLUMNWISE_TRANSPOSE
         return cls(
-            matmuls=[Call(Op.MATMUL, sizes, dtype) for sizes in matmuls],
+            matmuls=[Call(Op.MATMUL, sizes, dtype, linear) for sizes in matmuls],
             quantized_matmuls=[Call(Op.SCALED_MM_BLOCKWISE, sizes, dtype) for sizes in in_blocks]
             if by_block
             else [Call(Op.SCALED_MM, sizes, dtype) for sizes in matmuls],
             quantize=Call(Op.QUANTIZE_ROWWISE, (rows, size), dtype),
             quantize_columns=Call(by_columns, (rows, size), dtype),
-            transpose=Call(Op.TRANSPOSE, (rows, size), dtype) if by_block else None,
+            transpose=Call(Op.TRANSPOSE, (rows, size), torch.int8) if by_block else None,
             small=Call(Op.QUANTIZE_ROWWISE, (16, 16), dtype),
         )
 
@@ -206,7 +228,7 @@ class _Trials(NamedTuple):
         if self.transpose:
             return []
         _, *weight = self.matmuls[0].sizes
-        return [Call(op, tuple(weight), self.small.dtype) for op in (Op.QUANTIZE_TENSORWISE, Op.QUANTIZE_BY_SCALE)]
+        return [Call(op, tuple(weight), self.small.dtype) for op in (Op.QUANTIZE_TENSORWISE, Op.QUANTIZE_BY_SCALE_TRANSPOSE)]
 
 
 _SHARES = 1, 8, 16
@@ -220,21 +242,29 @@ def _quietly(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _time_once(calls: Collection[Call], device: torch.device) -> Timings:
-    """In turns of all of them, so that what happens meanwhile happens to all."""
+def _time_once(calls: Collection[Call], device: torch.device) -> dict[Call, Timing]:
+    """Three times in turns of all of them, so that what happens meanwhile happens to all."""
+    times: dict[Call, list[float]] = defaultdict(list)
     with _quietly(device):
-        runs = [call.prepare(device) for call in calls]
-        if device.type == "cuda":
-            wait_for(_compiling)  # those of other rates, too: they keep the host busy
-            wait(_compiling_here)
-            _compiling.clear()
-            _compiling_here.clear()
-            run_together(runs, device)
-        seconds = _gpu_seconds if device.type == "cuda" else _cpu_seconds
-        turns = [[seconds(run) for run in runs] for _ in range(3)]
-    times = dict(zip(calls, zip(*turns, strict=True), strict=True))
-    spread = max(max(of_one) / min(of_one) for of_one in times.values())
-    return Timings({call: statistics.median(of_one) for call, of_one in times.items()}, spread)
+        for _ in range(3):
+            for call in calls:
+                seconds = _gpu_seconds(_from_memory(call, device)) if device.type == "cuda" else _cpu_seconds(call.prepare(device))
+                times[call].append(seconds)
+    return {call: Timing(statistics.median(of_one), max(of_one) / min(of_one)) for call, of_one in times.items()}
+
+
+def _from_memory(call: Call, device: torch.device) -> Callable[[], object]:
+    """A call that seldom finds an operand in a GPU's cache, as in a training step: it goes through copies of them."""
+    runs = [call.prepare(device)]
+    num_bytes = sum(tensor.nbytes for tensor in runs[0].args if isinstance(tensor, torch.Tensor))
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    runs += [call.prepare(device) for _ in range(min(2 * cache // num_bytes, _MOST_COPIES))]
+    turns = itertools.cycle(runs)
+    return lambda: next(turns)()
+
+
+_MOST_COPIES = 15
+"""Of operands, the first left aside. Where they are so small that more would fit in the cache, a kernel's own time decides."""
 
 
 def _matmul_rates(

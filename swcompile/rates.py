@@ -1,10 +1,9 @@
 """What devices give, on which decisions rest: measured once for each model of device, and kept in a file."""
 
-import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from swcompile.calls import Call
 from swcompile.kernels.measurements import MeasurementFile
-from swcompile.measuring import DeviceRates, compile_trials, is_steady, measure, time_calls
-from swcompile.pipeline import source_fingerprint
+from swcompile.measuring import DeviceRates, Timing, compile_trials, is_steady, measure, time_calls
+from swcompile.pipeline import log, source_fingerprint
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -46,31 +45,40 @@ def device_rates(device: torch.device, dtype: torch.dtype, by_block: bool = Fals
 def call_seconds(calls: Collection[Call], device: torch.device) -> dict[Call, float]:
     """Seconds that calls take on a GPU among their equals; none on a CPU, where they vary too much to be worth it.
 
-    Measured once for each model of GPU and kept as its rates are, so ranks decide alike. Without memory for the operands of
-    all, those are missing that nobody has measured before.
+    Measured once for each model of GPU and kept as its rates are, so ranks decide alike. What could not be timed, as for want
+    of memory, is missing, there as well.
     """
     if device.type != "cuda":
         return {}
+    keys = {call: f"{_device_name(device)}, {call}, swcompile {source_fingerprint()[:16]}" for call in calls}
+    unknown = [call for call, key in keys.items() if key not in _timings]
+    if unknown:
+        _timings.update(_timings_of({call: keys[call] for call in unknown}, device))
+        _check_steady(max(_timings[keys[call]].spread for call in unknown), device)
+    found = {call: _timings[key].seconds for call, key in keys.items()}
+    return {call: seconds for call, seconds in found.items() if seconds != _NEVER}
+
+
+def _timings_of(keys: Mapping[Call, str], device: torch.device) -> dict[str, Timing]:
+    """What the file has for calls by their keys, once they are timed."""
     file = _rates_file()
     stored = file.read()
-    keys = {call: f"{_device_name(device)}, {call}, swcompile {source_fingerprint()[:16]}" for call in calls}
-    found = {call: _timing_from(_timings.get(key) or stored.get(key)) for call, key in keys.items()}
-    missing = [call for call, timing in found.items() if timing is None]
-    if missing:
-        with contextlib.suppress(torch.OutOfMemoryError):
-            seconds, spread = time_calls(missing, device)
-            for call in missing:
-                mine = {"seconds": seconds[call], "spread": spread}
-                found[call] = _timing_from(file.add(keys[call], mine, instead_of=stored.get(keys[call]))) or mine
-    known = {call: timing for call, timing in found.items() if timing is not None}
-    for call, timing in known.items():
-        if keys[call] not in _timings:
-            _check_steady(timing["spread"], device)
-            _timings[keys[call]] = timing
-    return {call: timing["seconds"] for call, timing in known.items()}
+    found = {key: _timing_from(stored.get(key)) for key in keys.values()}
+    missing = [call for call, key in keys.items() if found[key] is None]
+    try:
+        timings = time_calls(missing, device) if missing else {}
+    except Exception as error:  # noqa: BLE001 (the prediction by rates is left)
+        log.warning("calls near the limit between 8 and 16 bit are not timed, and predictions decide: %r", error)
+        timings = dict.fromkeys(missing, Timing(_NEVER, 1.0))
+    for call, timing in timings.items():
+        entry = file.add(keys[call], timing._asdict(), instead_of=stored.get(keys[call]))
+        found[keys[call]] = _timing_from(entry) or timing
+    return {key: timing for key, timing in found.items() if timing is not None}
 
 
-_timings: dict[str, dict[str, float]] = {}
+_NEVER = -1.0
+"""Seconds of what could not be timed."""
+_timings: dict[str, Timing] = {}
 _known: dict[str, DeviceRates] = {}
 _identities: dict[str, str] = {}
 _IDENTITY = "identity"
@@ -157,12 +165,14 @@ def _rates_from(stored: Any) -> DeviceRates | None:
 _NOT_ZERO = ("matmul", "quantized_matmul", "quantize", "quantize_columns", "kernel")
 
 
-def _timing_from(stored: Any) -> dict[str, float] | None:
+def _timing_from(stored: Any) -> Timing | None:
     """What the file holds for a call; None for what is no timing."""
-    if not isinstance(stored, dict) or stored.keys() != {"seconds", "spread"}:
+    if not isinstance(stored, dict) or stored.keys() != {*Timing._fields}:
         return None
-    are_times = all(isinstance(value, (int, float)) and 0 < value < math.inf for value in stored.values())
-    return stored if are_times else None
+    timing = Timing(**stored)
+    are_numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in timing)
+    is_one = are_numbers and (timing.seconds > 0 or timing.seconds == _NEVER) and timing.spread >= 1
+    return timing if is_one else None
 
 
 def _check_steady(spread: float, device: torch.device) -> None:

@@ -145,3 +145,9 @@ def parameters_alone(graph: fx.Graph, names: Mapping[fx.Node, str]) -> dict[fx.N
         elif node.op != "placeholder" and all(source in found for source in node.all_input_nodes):
             found[node] = nothing.union(*(found[source] for source in node.all_input_nodes))
     return found
+
+
+def is_column_major(value: torch.Tensor) -> bool:
+    """Whether a matrix, or each of a batch, lies in memory as its transpose."""
+    row, column = value.stride()[-2:]
+    return isinstance(row, int) and row == 1 and not (isinstance(column, int) and column == 1)

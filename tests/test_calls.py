@@ -1,12 +1,15 @@
 """Calls known by their sizes: that they call what they say, on what they say."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from swcompile.calls import Call, Op
+from swcompile.calls import Call, Flag, Op
 from swcompile.kernels.int8 import num_blocks, padded
+from swcompile.values import is_column_major
 
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float32]
@@ -33,24 +36,42 @@ def test_what_multiplies(op: Op, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", [op for op in Op if "quantize" in op])
 def test_what_quantises(op: Op, dtype: torch.dtype) -> None:
-    num_rows, num_columns = 1040, 64
+    num_rows, num_columns = 1032, 64
     call = Call(op, (num_rows, num_columns), dtype)
     x, *_ = call.prepare(CPU).args
     assert x.shape == (num_rows, num_columns) and x.dtype == dtype and x.float().std() > 0.9
     x_q, *scales = results(call, CPU)
-    is_transposed = op in (Op.QUANTIZE_BY_SCALE, Op.QUANTIZE_COLUMNWISE_TRANSPOSE, Op.QUANTIZE_BLOCKWISE_TRANSPOSE)
-    assert x_q.dtype == torch.int8 and x_q.shape == ((num_columns, padded(num_rows)) if is_transposed else (num_rows, num_columns))
+    turned = num_columns, padded(num_rows) if "blockwise" in op else num_rows
+    assert x_q.dtype == torch.int8 and x_q.shape == (turned if "transpose" in op else (num_rows, num_columns))
     num_scales = {
-        Op.QUANTIZE_ROWWISE: num_rows, Op.QUANTIZE_TENSORWISE: 1, Op.QUANTIZE_BY_SCALE: 0, Op.QUANTIZE_COLUMNWISE_TRANSPOSE: num_columns,
-        Op.QUANTIZE_BLOCKWISE_TRANSPOSE: num_blocks(num_rows) * num_columns,
+        Op.QUANTIZE_ROWWISE: num_rows, Op.QUANTIZE_COLUMNWISE_TRANSPOSE: num_columns, Op.QUANTIZE_TENSORWISE: 1,
+        Op.QUANTIZE_TENSORWISE_TRANSPOSE: 1, Op.QUANTIZE_BLOCKWISE_TRANSPOSE: num_blocks(num_rows) * num_columns,
     }  # fmt: skip
-    assert sum(scale.numel() for scale in scales) == num_scales[op]
+    assert sum(scale.numel() for scale in scales) == num_scales.get(op, 0)
+
+
+@pytest.mark.parametrize("flags", list(product([False, True], repeat=3)), ids=str)
+def test_how_operands_lie(flags: tuple[bool, bool, bool]) -> None:
+    chosen = tuple(flag for flag, is_set in zip((Flag.BIAS, Flag.LHS_TRANSPOSED, Flag.RHS_TRANSPOSED), flags, strict=True) if is_set)
+    call = Call(Op.MATMUL, (48, 32, 16), torch.bfloat16, chosen)
+    *bias, lhs, rhs = call.prepare(CPU).args
+    assert [tensor.shape for tensor in (*bias, lhs, rhs)] == [(32,)] * flags[0] + [(48, 16), (16, 32)]
+    assert (is_column_major(lhs), is_column_major(rhs)) == flags[1:]
+    assert results(call, CPU)[0].shape == (48, 32) and all(flag in str(call) for flag in chosen)
+
+
+@pytest.mark.parametrize("flags", list(product([False, True], repeat=2)), ids=str)
+def test_what_is_scaled_and_added(flags: tuple[bool, bool]) -> None:
+    chosen = tuple(flag for flag, is_set in zip((Flag.BIAS, Flag.COLUMN_SCALES), flags, strict=True) if is_set)
+    _, _, a_scale, b_scale, bias, _ = Call(Op.SCALED_MM, (48, 32, 16), torch.bfloat16, chosen).prepare(CPU).args
+    assert a_scale.shape == (48, 1) and b_scale.shape == (32 if flags[1] else 1, 1)
+    assert (bias is not None) == flags[0] and (bias is None or bias.shape == (32,))
 
 
 def test_what_turns() -> None:
-    (x,) = Call(Op.TRANSPOSE, (48, 32), torch.bfloat16).prepare(CPU).args
+    (x,) = Call(Op.TRANSPOSE, (48, 32), torch.int8).prepare(CPU).args
     assert x.shape == (48, 32) and x.dtype == torch.int8
-    assert results(Call(Op.TRANSPOSE, (48, 32), torch.bfloat16), CPU)[0].shape == (32, 48)
+    assert results(Call(Op.TRANSPOSE, (48, 32), torch.int8), CPU)[0].shape == (32, 48)
 
 
 def test_what_it_is_called() -> None:

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def test_the_gpu_that_is_measured_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    current, timed, prepared = [0], [], []
+    current, timed, prepared, compiled = [0], [], [], []
 
     @contextlib.contextmanager
     def on(device: torch.device) -> Iterator[None]:
@@ -33,10 +33,11 @@ def test_the_gpu_that_is_measured_is_the_current_one(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Call, "prepare", prepare)
     monkeypatch.setattr(measuring, "_gpu_seconds", lambda run: timed.append(current[-1]) or 1e-3)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: timed.append(current[-1]))
-    monkeypatch.setattr(measuring, "run_together", lambda runs, device: None)
+    monkeypatch.setattr(measuring, "_from_memory", prepare)
+    monkeypatch.setattr(measuring, "_compile", lambda calls, device: compiled.extend(calls))
     assert measuring.measure(torch.device("cuda", 2), torch.float32, False).kernel > 1e-3
     assert current == [0] and {*timed} == {2} and len(timed) == 3 * 9 + 2 * 11
-    assert len(prepared) == 9 + 2 and [call.op for call in prepared[-2:]] == [Op.MATMUL, Op.QUANTIZE_ROWWISE], "those of the host"
+    assert len(compiled) == 9 and len(prepared) == 3 * 9 + 2 and [call.op for call in prepared[-2:]] == [Op.MATMUL, Op.QUANTIZE_ROWWISE], "those of the host"
 
 
 @pytest.mark.gpu
@@ -65,8 +66,20 @@ def test_timings_of_several_calls_take_turns(monkeypatch: pytest.MonkeyPatch) ->
     times, order = iter([1.0, 9.0, 3.0, 8.0, 2.0, 7.0]), []
     monkeypatch.setattr(Call, "prepare", lambda call, device: call)
     monkeypatch.setattr(measuring, "_cpu_seconds", lambda run: order.append(run) or next(times))
-    seconds, spread = measuring.time_calls(calls, CPU)
-    assert seconds == {calls[0]: 2.0, calls[1]: 8.0} and order == calls * 3 and spread == 3.0
+    assert measuring.time_calls(calls, CPU) == {calls[0]: (2.0, 3.0), calls[1]: (8.0, 9 / 7)}
+    assert order == calls * 3
+
+
+def test_only_unsteady_calls_are_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    steady, once, never = (Call(Op.QUANTIZE_ROWWISE, (size, 8), torch.float32) for size in (1, 2, 3))
+    spreads = {steady: iter([1.3]), once: iter([2.0, 1.1]), never: iter([3.0, 1.6, 23.0])}
+    monkeypatch.setattr(measuring, "_compile", lambda calls, device: None)
+    monkeypatch.setattr(
+        measuring, "_time_once", lambda calls, device: {call: measuring.Timing(1.0, next(spreads[call])) for call in calls}
+    )
+    timings = measuring.time_calls([steady, once, never], torch.device("cuda", 0))
+    assert [timing.spread for timing in timings.values()] == [1.3, 1.1, 1.6]
+    assert not any(list(left) for left in spreads.values())
 
 
 def test_a_default_dtype_is_nothing_to_the_scales() -> None:
@@ -118,4 +131,29 @@ def test_kernels_that_a_model_needs_next_are_compiled_as_well(monkeypatch: pytes
         trials = measuring._Trials.of(CPU, torch.bfloat16, by_block)
         measuring._launches([*trials.all(), *trials.next()], CPU)
     ops = {call.op for call in prepared}
-    assert ops == set(Op), "all there are"
+    of_training = set(Op) - {Op.MATMUL, Op.QUANTIZE_TENSORWISE_TRANSPOSE, Op.QUANTIZE_BY_SCALE}
+    assert ops == of_training, "all of our kernels that a linear layer has"
+    weight = {call.sizes for call in prepared if call.op in (Op.QUANTIZE_TENSORWISE, Op.QUANTIZE_BY_SCALE_TRANSPOSE)}
+    assert weight == {(512, 512)}
+
+
+@pytest.mark.gpu
+def test_operands_come_from_memory() -> None:
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    cache = torch.cuda.get_device_properties(gpu).L2_cache_size
+    for rows, expected in ((1, measuring._MOST_COPIES + 1), (4096, 2 * cache // (4096 * 4096 * 2) + 1), (131072, 1)):
+        before = torch.cuda.memory_allocated()
+        run = measuring._from_memory(Call(Op.QUANTIZE_ROWWISE, (rows, 4096), torch.bfloat16), gpu)
+        held = torch.cuda.memory_allocated() - before
+        assert round(held / (rows * 4096 * 2)) == expected
+        del run
+
+
+@pytest.mark.gpu
+def test_timing_leaves_no_memory_behind() -> None:
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    calls = [Call(Op.MATMUL, (256 * number, 512, 512), torch.bfloat16) for number in range(1, 17)]
+    measuring.time_calls(calls[:1], gpu)
+    before = torch.cuda.memory_allocated()
+    measuring.time_calls(calls, gpu)
+    assert torch.cuda.memory_allocated() - before < 80 * 2**20, "at most the workspaces of two threads"

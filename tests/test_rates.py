@@ -20,7 +20,7 @@ import swcompile
 from swcompile import measuring, rates
 from swcompile.calls import Call, Op
 from swcompile.kernels import measurements
-from swcompile.measuring import DeviceRates, Timings
+from swcompile.measuring import DeviceRates, Timing
 from swcompile.rates import device_rates, rates_identity
 
 CPU = torch.device("cpu")
@@ -189,9 +189,9 @@ def test_a_folder_that_cannot_be_used_fails_no_compilation(
     assert len([w for w in seen if "device_rates.json cannot be written" in str(w.message)]) == 1
 
 
-def timings(calls: Iterable[Call], seconds: float, spread: float = 1.0) -> Timings:
+def timings(calls: Iterable[Call], seconds: float, spread: float = 1.0) -> dict[Call, Timing]:
     """That all calls take as long."""
-    return Timings(dict.fromkeys(calls, seconds), spread)
+    return dict.fromkeys(calls, Timing(seconds, spread))
 
 
 @pytest.mark.parametrize(
@@ -206,6 +206,7 @@ def test_a_gpu_that_others_use_is_measured_again(
     left = iter(enumerate(spreads, 1))
     monkeypatch.setattr(measuring, "_time_once", lambda calls, device: timings(calls, *next(left)))
     monkeypatch.setattr(measuring, "_host_seconds", lambda call, device: 1e-5)
+    monkeypatch.setattr(measuring, "_compile", lambda calls, device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake GPU")
     if (asked, device) == ("calls", "cpu"):
         assert rates.call_seconds([CALL], CPU) == {} and len(list(left)) == 1 and not file.exists()
@@ -236,7 +237,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[list[Call]]:
     """The calls that are timed at once, each time a second slower. All GPUs are of one model."""
     found: list[list[Call]] = []
 
-    def time_calls(calls: Collection[Call], device: torch.device) -> Timings:
+    def time_calls(calls: Collection[Call], device: torch.device) -> dict[Call, Timing]:
         found.append(list(calls))
         return timings(calls, float(len(found)))
 
@@ -266,7 +267,7 @@ def test_of_two_ranks_that_time_a_call_both_take_the_first_ones_seconds(file: Pa
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake GPU")
 
-    def time_calls(calls: Collection[Call], device: torch.device) -> Timings:
+    def time_calls(calls: Collection[Call], device: torch.device) -> dict[Call, Timing]:
         monkeypatch.setattr(rates, "time_calls", lambda calls, device: timings(calls, 1.0))
         assert rates.call_seconds(calls, device) == {CALL: 1.0}, "the other rank, which is done while this one measures"
         forget()
@@ -278,7 +279,11 @@ def test_of_two_ranks_that_time_a_call_both_take_the_first_ones_seconds(file: Pa
         forget()
 
 
-@pytest.mark.parametrize("entry", [None, 5, {}, {"seconds": 1.0}, {"seconds": 0.0, "spread": 1.0}, {"seconds": "1", "spread": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "entry",
+    [None, 5, {}, {"seconds": 1.0}, {"seconds": 0.0, "spread": 1.0}, {"seconds": "1", "spread": 1.0}, {"seconds": 1.0, "spread": 0.0}],
+    ids=str,
+)
 def test_an_entry_that_is_no_timing_is_measured_again(file: Path, timed: list[list[Call]], entry: Any) -> None:
     gpu = torch.device("cuda", 0)
     rates.call_seconds([CALL], gpu)
@@ -290,17 +295,23 @@ def test_an_entry_that_is_no_timing_is_measured_again(file: Path, timed: list[li
     assert timed == [[CALL]] * 2 and json.loads(file.read_text())["other"] == 1
 
 
-def test_without_memory_what_is_known_counts(file: Path, timed: list[list[Call]], monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = torch.device("cuda", 0)
+def test_what_cannot_be_timed_is_missing_for_all(
+    file: Path, timed: list[list[Call]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rank without memory, say; another one, which would have it, decides alike."""
+    gpu, time_calls = torch.device("cuda", 0), rates.time_calls
     rates.call_seconds([CALL], gpu)
 
-    def time_calls(calls: Collection[Call], device: torch.device) -> Timings:
-        raise torch.OutOfMemoryError
+    def fail(calls: Collection[Call], device: torch.device) -> dict[Call, Timing]:
+        raise torch.OutOfMemoryError("no memory")
 
+    monkeypatch.setattr(rates, "time_calls", fail)
+    assert rates.call_seconds([CALL, OTHER], gpu) == {CALL: 1.0} and "no memory" in caplog.text
     monkeypatch.setattr(rates, "time_calls", time_calls)
     for _ in range(2):
         assert rates.call_seconds([CALL, OTHER], gpu) == {CALL: 1.0}
         forget()
+    assert timed == [[CALL]]
 
 
 @pytest.mark.gpu

@@ -102,7 +102,8 @@ def _predictions(
     predicted: dict[fx.Node, Prediction] = {}
     taken, left = list(wanted), list(others)
     while True:
-        predicted |= zip([matmul.node for matmul in taken], predict(_candidates(taken, recipe), left), strict=True)
+        timed = [node for node, prediction in predicted.items() if prediction.is_measured]
+        predicted |= zip([matmul.node for matmul in taken], predict(_candidates(taken, recipe, timed), left), strict=True)
         refused = [matmul for matmul in taken if predicted[matmul.node].speedup < MIN_SPEEDUP]
         if len(refused) in (0, len(taken)):
             return predicted
@@ -110,17 +111,23 @@ def _predictions(
         taken = [matmul for matmul in taken if predicted[matmul.node].speedup >= MIN_SPEEDUP]
 
 
-def _candidates(matmuls: Sequence[Matmul], recipe: Recipe) -> list[Candidate]:
-    """The matmuls, each with what it shares."""
+def _candidates(matmuls: Sequence[Matmul], recipe: Recipe, timed: Collection[fx.Node] = ()) -> list[Candidate]:
+    """The matmuls, each with what it shares; those that were timed before are timed again."""
     readers = Counter(_weight_key(matmul) for matmul in matmuls)
+    scale_readers = Counter(_weight_key(matmul)[0] for matmul in matmuls if _keeps_scale(matmul, recipe))
     nodes = {matmul.node for matmul in matmuls}
+    scaled: set[fx.Node] = set()
     candidates = []
     for matmul in matmuls:
         gemm = recipe.format_of(matmul.role)
         assert gemm is not None
+        weight, _ = _weight_key(matmul)
         is_held = readers[_weight_key(matmul)] == 1 and _can_be_held(matmul, gemm)
+        shares_scale = _keeps_scale(matmul, recipe) and scale_readers[weight] > 1
         fuses = matmul.other_operand.meta["val"].device.type in fused_devices(recipe)
         is_fused = fuses and _will_be_fused(matmul, gemm)
+        total = _sum_of(matmul.node)
+        bias = None if gemm.is_by_block else _bias(total, matmul)
         candidates.append(
             Candidate(
                 matmul,
@@ -128,11 +135,17 @@ def _candidates(matmuls: Sequence[Matmul], recipe: Recipe) -> list[Candidate]:
                 activation=_activation_key(matmul, recipe),
                 is_fused=is_fused,
                 weight_passes=recipe.micro_batches if is_held else 1,
-                scale=_weight_key(matmul)[0] if _keeps_scale(matmul, recipe) else None,
+                scale=weight if shares_scale else None,
+                finds_scale=not shares_scale or weight not in scaled,
                 gradient=values.source_of(matmul.other_operand) if gemm.is_by_block else None,
                 spares_gradient=gemm.is_by_block and is_fused and _reads_alone(matmul, nodes),
+                has_bias=bias is not None,
+                is_plain=matmul.node.meta["val"].dim() == 2 and not _is_swapped(matmul, gemm) and not _adds(total, bias),
+                is_timed=matmul.node in timed,
             )
         )
+        if shares_scale:
+            scaled.add(weight)
     return candidates
 
 
@@ -234,11 +247,11 @@ class _Rewriter:
         """
         node = matmul.node
         value = node.meta["val"]
-        swap = matmul.weight_on_left and (gemm.weight in (Scaling.TENSOR, Scaling.BLOCK) or value.dim() == 3)
+        swap = _is_swapped(matmul, gemm)
         scalings = [gemm.weight, gemm.other] if matmul.weight_on_left else [gemm.other, gemm.weight]
         total = _sum_of(node)
         bias = None if swap or gemm.is_by_block else _bias(total, matmul)
-        adds = total.alpha != 1 or (total.addend is not None and bias is None)
+        adds = _adds(total, bias)
         with self.graph.inserting_before(node):
             operands = [self._matrix(matmul, left=True), self._matrix(matmul, left=False)]
             if swap:
@@ -333,7 +346,7 @@ class _Rewriter:
             like: the matmul that asks.
             transposed: how the operand is given.
         """
-        if _is_column_major(operand.meta["val"]):
+        if values.is_column_major(operand.meta["val"]):
             operand, transposed = self._transpose(operand, like), not transposed
         return self._quantized(_QUANTIZERS[scaling, transposed], like, operand)
 
@@ -382,14 +395,18 @@ def _sum_of(node: fx.Node) -> _Sum:
     return _Sum(None if beta == 0 else addend, beta, alpha)
 
 
+def _is_swapped(matmul: Matmul, gemm: GemmFormat) -> bool:
+    """Whether ``w @ x`` is computed as ``(x.T @ w.T).T``."""
+    return matmul.weight_on_left and (gemm.weight in (Scaling.TENSOR, Scaling.BLOCK) or matmul.node.meta["val"].dim() == 3)
+
+
+def _adds(total: _Sum, bias: fx.Node | None) -> bool:
+    """Whether something is left to add that `scaled_mm`, which may add a bias, does not."""
+    return total.alpha != 1 or (total.addend is not None and bias is None)
+
+
 def _bias(total: _Sum, matmul: Matmul) -> fx.Node | None:
     """The addend, where scaled_mm's epilogue can add it: a vector of one element a column, as it is."""
     is_plain = total.beta == 1 and total.alpha == 1
     fits = total.addend is not None and facts.sizes(total.addend) == facts.sizes(matmul.node)[-1:]
     return total.addend if is_plain and fits else None
-
-
-def _is_column_major(value: torch.Tensor) -> bool:
-    row, column = value.stride()
-    return isinstance(row, int) and row == 1 and not (isinstance(column, int) and column == 1)
-
