@@ -472,7 +472,13 @@ def call_of(node: torch.fx.Node) -> Call:
 
 def test_what_is_no_product_of_two_matrices_is_not_timed(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "_CLOSE", (0.0, math.inf))
-    for model, x in ((Folded(), torch.randn(16, 256, 1024)), (nn.Linear(256, 512), torch.randn(0, 256))):
+
+    class Added(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.addmm(self.bias, x, self.weight.t(), beta=0.5)
+
+    x = torch.randn(1024, 256)
+    for model, x in ((Folded(), torch.randn(16, 256, 1024)), (nn.Linear(256, 512), x[:0]), (Added(256, 512), x)):
         (decision,) = (d for d in swcompile.explain(model, x, include="*").decisions if d.role is Role.OUTPUT)
         assert decision.speedup is not None and not timer.asked
 

@@ -114,7 +114,6 @@ def _predictions(
 def _candidates(matmuls: Sequence[Matmul], recipe: Recipe, timed: Collection[fx.Node] = ()) -> list[Candidate]:
     """The matmuls, each with what it shares; those that were timed before are timed again."""
     readers = Counter(_weight_key(matmul) for matmul in matmuls)
-    scale_readers = Counter(_weight_key(matmul)[0] for matmul in matmuls if _keeps_scale(matmul, recipe))
     nodes = {matmul.node for matmul in matmuls}
     scaled: set[fx.Node] = set()
     candidates = []
@@ -123,7 +122,7 @@ def _candidates(matmuls: Sequence[Matmul], recipe: Recipe, timed: Collection[fx.
         assert gemm is not None
         weight, _ = _weight_key(matmul)
         is_held = readers[_weight_key(matmul)] == 1 and _can_be_held(matmul, gemm)
-        shares_scale = _keeps_scale(matmul, recipe) and scale_readers[weight] > 1
+        keeps_scale = _keeps_scale(matmul, recipe)
         fuses = matmul.other_operand.meta["val"].device.type in fused_devices(recipe)
         is_fused = fuses and _will_be_fused(matmul, gemm)
         total = _sum_of(matmul.node)
@@ -135,8 +134,8 @@ def _candidates(matmuls: Sequence[Matmul], recipe: Recipe, timed: Collection[fx.
                 activation=_activation_key(matmul, recipe),
                 is_fused=is_fused,
                 weight_passes=recipe.micro_batches if is_held else 1,
-                scale=weight if shares_scale else None,
-                finds_scale=not shares_scale or weight not in scaled,
+                scale=weight if keeps_scale else None,
+                finds_scale=not keeps_scale or weight not in scaled,
                 gradient=values.source_of(matmul.other_operand) if gemm.is_by_block else None,
                 spares_gradient=gemm.is_by_block and is_fused and _reads_alone(matmul, nodes),
                 has_bias=bias is not None,
@@ -144,7 +143,7 @@ def _candidates(matmuls: Sequence[Matmul], recipe: Recipe, timed: Collection[fx.
                 is_timed=matmul.node in timed,
             )
         )
-        if shares_scale:
+        if keeps_scale:
             scaled.add(weight)
     return candidates
 
