@@ -1,6 +1,6 @@
 """Calls of the ops that quantise and multiply, known by sizes and layouts alone: what a device is timed by."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,17 +8,26 @@ from typing import Any, NamedTuple
 import torch
 
 from swcompile.kernels.int8 import num_blocks
-from swcompile.kernels.quantize_blockwise import QUANTIZE_BLOCKWISE_TRANSPOSE
-from swcompile.kernels.quantize_columnwise import QUANTIZE_COLUMNWISE_TRANSPOSE
-from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE
+from swcompile.kernels.library import Work
+from swcompile.kernels.quantize_blockwise import (
+    QUANTIZE_BLOCKWISE_TRANSPOSE,
+    quantize_blockwise_transpose_work,
+)
+from swcompile.kernels.quantize_columnwise import (
+    QUANTIZE_COLUMNWISE_TRANSPOSE,
+    quantize_columnwise_transpose_work,
+)
+from swcompile.kernels.quantize_rowwise import QUANTIZE_ROWWISE, quantize_rowwise_work
 from swcompile.kernels.quantize_tensorwise import (
     QUANTIZE_BY_SCALE,
     QUANTIZE_TENSORWISE,
     QUANTIZE_TENSORWISE_TRANSPOSE,
+    quantize_by_scale_work,
+    quantize_tensorwise_work,
 )
 from swcompile.kernels.scaled_mm import SCALED_MM
 from swcompile.kernels.scaled_mm_blockwise import SCALED_MM_BLOCKWISE
-from swcompile.kernels.transpose import TRANSPOSE
+from swcompile.kernels.transpose import TRANSPOSE, transpose_work
 
 
 class Op(StrEnum):
@@ -48,6 +57,11 @@ class Flag(StrEnum):
     RHS_TRANSPOSED = "rhs transposed"
     """Likewise, [N, K]."""
 
+    @staticmethod
+    def those_of(are_set: Mapping["Flag", bool]) -> tuple["Flag", ...]:
+        """The ones that are set."""
+        return tuple(flag for flag, is_set in are_set.items() if is_set)
+
 
 class Call(NamedTuple):
     """An op, and on what it is called."""
@@ -66,6 +80,13 @@ class Call(NamedTuple):
     def num_kernels(self) -> int:
         """How many kernels it launches."""
         return 2 if self.op in _OF_TWO_KERNELS else 1
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that a quantiser, or `transpose`, reads and writes, as its work counts them."""
+        if self.op is Op.TRANSPOSE:
+            return transpose_work(*self.sizes).bytes
+        return _WORK[self.op](*self.sizes, self.dtype.itemsize).bytes
 
     def prepare(self, device: torch.device) -> "partial[Any]":
         """Make operands of normal data, and return what calls the op on them."""
@@ -109,3 +130,12 @@ _OF_ONE: dict[Op, Callable[[torch.Tensor], Any]] = {
     Op.QUANTIZE_TENSORWISE_TRANSPOSE: QUANTIZE_TENSORWISE_TRANSPOSE,
 }
 _OF_TWO_KERNELS = (Op.QUANTIZE_TENSORWISE, Op.QUANTIZE_TENSORWISE_TRANSPOSE, Op.QUANTIZE_COLUMNWISE_TRANSPOSE)
+_WORK: dict[Op, Callable[..., Work]] = {
+    Op.QUANTIZE_ROWWISE: quantize_rowwise_work,
+    Op.QUANTIZE_COLUMNWISE_TRANSPOSE: quantize_columnwise_transpose_work,
+    Op.QUANTIZE_BLOCKWISE_TRANSPOSE: quantize_blockwise_transpose_work,
+    Op.QUANTIZE_TENSORWISE: quantize_tensorwise_work,
+    Op.QUANTIZE_TENSORWISE_TRANSPOSE: quantize_tensorwise_work,
+    Op.QUANTIZE_BY_SCALE: quantize_by_scale_work,
+    Op.QUANTIZE_BY_SCALE_TRANSPOSE: quantize_by_scale_work,
+}

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sympy
@@ -16,12 +16,7 @@ from swcompile.calls import Call, Flag, Op
 from swcompile.graph import Matmul, hint
 from swcompile.kernels.int8 import padded
 from swcompile.kernels.library import Work
-from swcompile.kernels.quantize_blockwise import quantize_blockwise_transpose_work
-from swcompile.kernels.quantize_columnwise import quantize_columnwise_transpose_work
-from swcompile.kernels.quantize_rowwise import quantize_rowwise_work
-from swcompile.kernels.quantize_tensorwise import quantize_by_scale_work, quantize_tensorwise_work
 from swcompile.kernels.scaled_mm import scaled_mm_work
-from swcompile.kernels.transpose import transpose_work
 from swcompile.kernels.tuning import bucket
 from swcompile.measuring import DeviceRates
 from swcompile.rates import call_seconds, device_rates
@@ -246,7 +241,7 @@ def _original(matmul: Matmul, rates: DeviceRates | None, *, has_bias: bool = Fal
         Flag.LHS_TRANSPOSED: is_column_major(matmul.lhs.meta["val"]),
         Flag.RHS_TRANSPOSED: is_column_major(matmul.rhs.meta["val"]),
     }
-    call = Call(Op.MATMUL, (m, n, k), value.dtype, tuple(flag for flag, is_set in flags.items() if is_set))
+    call = Call(Op.MATMUL, (m, n, k), value.dtype, Flag.those_of(flags))
     return _Original(seconds + rates.kernel, between, rates.matmul_call, call)
 
 
@@ -281,7 +276,7 @@ def _multiply(candidate: Candidate, rates: DeviceRates) -> _Part:
         k = padded(k)  # by what quantises and turns the operands
     flags = {Flag.BIAS: candidate.has_bias, Flag.COLUMN_SCALES: gemm.weight is Scaling.VECTOR}
     op = Op.SCALED_MM_BLOCKWISE if gemm.is_by_block else Op.SCALED_MM
-    return _Part(seconds + rates.kernel, 1, Call(op, (m, n, k), dtype, tuple(flag for flag, is_set in flags.items() if is_set)))
+    return _Part(seconds + rates.kernel, 1, Call(op, (m, n, k), dtype, Flag.those_of(flags)))
 
 
 def _quantize(candidate: Candidate, rates: DeviceRates) -> list[_Part]:
@@ -356,23 +351,9 @@ def _key(what: str, which: Hashable) -> Hashable:
 def _quantizer(op: Op, sizes: tuple[int, int], dtype: torch.dtype, rates: DeviceRates) -> _Part:
     """What a call takes by its rate."""
     call = Call(op, sizes, dtype)
-    if op is Op.TRANSPOSE:
-        seconds = transpose_work(*sizes).bytes / rates.transpose
-    else:
-        by_columns = op in (Op.QUANTIZE_COLUMNWISE_TRANSPOSE, Op.QUANTIZE_BLOCKWISE_TRANSPOSE)
-        seconds = _WORK[op](*sizes, dtype.itemsize).bytes / (rates.quantize_columns if by_columns else rates.quantize)
-    return _Part(seconds + call.num_kernels * rates.kernel, call.num_kernels, call)
-
-
-_WORK: dict[Op, Callable[..., Work]] = {
-    Op.QUANTIZE_ROWWISE: quantize_rowwise_work,
-    Op.QUANTIZE_COLUMNWISE_TRANSPOSE: quantize_columnwise_transpose_work,
-    Op.QUANTIZE_BLOCKWISE_TRANSPOSE: quantize_blockwise_transpose_work,
-    Op.QUANTIZE_TENSORWISE: quantize_tensorwise_work,
-    Op.QUANTIZE_TENSORWISE_TRANSPOSE: quantize_tensorwise_work,
-    Op.QUANTIZE_BY_SCALE: quantize_by_scale_work,
-    Op.QUANTIZE_BY_SCALE_TRANSPOSE: quantize_by_scale_work,
-}
+    by_columns = op in (Op.QUANTIZE_COLUMNWISE_TRANSPOSE, Op.QUANTIZE_BLOCKWISE_TRANSPOSE)
+    rate = rates.transpose if op is Op.TRANSPOSE else rates.quantize_columns if by_columns else rates.quantize
+    return _Part(call.num_bytes / rate + call.num_kernels * rates.kernel, call.num_kernels, call)
 
 
 def _written(num_rows: int, num_columns: int, rates: DeviceRates) -> _Part:

@@ -14,11 +14,7 @@ import torch
 
 from swcompile.calls import Call, Flag, Op
 from swcompile.kernels.launch import Launch
-from swcompile.kernels.quantize_blockwise import quantize_blockwise_transpose_work
-from swcompile.kernels.quantize_columnwise import quantize_columnwise_transpose_work
-from swcompile.kernels.quantize_rowwise import quantize_rowwise_work
 from swcompile.kernels.timing import intervals_ms
-from swcompile.kernels.transpose import transpose_work
 from swcompile.kernels.tuning import launches_of
 from swcompile.kernels.workers import compile_elsewhere, compile_here, wait_for
 
@@ -76,8 +72,10 @@ def measure(device: torch.device, dtype: torch.dtype, by_block: bool) -> DeviceR
         kernel *= _AMONG_OTHERS
         small = Call(Op.MATMUL, (16, 16, 16), dtype)
         matmul_call, quantize_call = (_in_a_thread(_host_seconds, call, device) for call in (small, trials.small))
-    columns_work = quantize_blockwise_transpose_work if by_block else quantize_columnwise_transpose_work
-    sizes = trials.quantize.sizes
+
+    def bytes_a_second(call: Call | None) -> float:
+        return call.num_bytes / seconds[call] if call else 0.0
+
     # What speaks against 8 bit counts.
     matmul, output = _matmul_rates(trials.matmuls, seconds, kernel, min)
     quantized, quantized_output = _matmul_rates(trials.quantized_matmuls, seconds, kernel, max)
@@ -86,9 +84,9 @@ def measure(device: torch.device, dtype: torch.dtype, by_block: bool) -> DeviceR
         output=output,
         quantized_matmul=quantized,
         quantized_output=quantized_output,
-        quantize=quantize_rowwise_work(*sizes, dtype.itemsize).bytes / seconds[trials.quantize],
-        quantize_columns=columns_work(*sizes, dtype.itemsize).bytes / seconds[trials.quantize_columns],
-        transpose=transpose_work(*sizes).bytes / seconds[trials.transpose] if trials.transpose else 0.0,
+        quantize=bytes_a_second(trials.quantize),
+        quantize_columns=bytes_a_second(trials.quantize_columns),
+        transpose=bytes_a_second(trials.transpose),
         kernel=kernel,
         matmul_call=matmul_call,
         quantize_call=quantize_call,

@@ -52,7 +52,7 @@ def test_what_quantises(op: Op, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("flags", list(product([False, True], repeat=3)), ids=str)
 def test_how_operands_lie(flags: tuple[bool, bool, bool]) -> None:
-    chosen = tuple(flag for flag, is_set in zip((Flag.BIAS, Flag.LHS_TRANSPOSED, Flag.RHS_TRANSPOSED), flags, strict=True) if is_set)
+    chosen = Flag.those_of(dict(zip((Flag.BIAS, Flag.LHS_TRANSPOSED, Flag.RHS_TRANSPOSED), flags, strict=True)))
     call = Call(Op.MATMUL, (48, 32, 16), torch.bfloat16, chosen)
     *bias, lhs, rhs = call.prepare(CPU).args
     assert [tensor.shape for tensor in (*bias, lhs, rhs)] == [(32,)] * flags[0] + [(48, 16), (16, 32)]
@@ -62,7 +62,7 @@ def test_how_operands_lie(flags: tuple[bool, bool, bool]) -> None:
 
 @pytest.mark.parametrize("flags", list(product([False, True], repeat=2)), ids=str)
 def test_what_is_scaled_and_added(flags: tuple[bool, bool]) -> None:
-    chosen = tuple(flag for flag, is_set in zip((Flag.BIAS, Flag.COLUMN_SCALES), flags, strict=True) if is_set)
+    chosen = Flag.those_of(dict(zip((Flag.BIAS, Flag.COLUMN_SCALES), flags, strict=True)))
     _, _, a_scale, b_scale, bias, _ = Call(Op.SCALED_MM, (48, 32, 16), torch.bfloat16, chosen).prepare(CPU).args
     assert a_scale.shape == (48, 1) and b_scale.shape == (32 if flags[1] else 1, 1)
     assert (bias is not None) == flags[0] and (bias is None or bias.shape == (32,))

@@ -271,21 +271,22 @@ CLOSE_RATES = dataclasses.replace(
 )
 
 
+class Projections(nn.Module):
+    """Layers that share an activation."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(256, size, bias=False) for size in sizes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer(x) for layer in self.layers], -1)
+
+
 @pytest.mark.parametrize("are_all", [False, True], ids=["only what is worth it alone", "all that are worth it together"])
 def test_what_is_shared_is_borne_by_who_gains(are_all: bool) -> None:
     """By equal parts the small one of three would be left alone, although its activation is in int8 in any case."""
     sizes = (512, 512, 24 if are_all else 16)
-    model = nn.ModuleList(nn.Linear(256, size, bias=False) for size in sizes)
-
-    class Projections(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = model
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.cat([layer(x) for layer in self.layers], -1)
-
-    found = matmuls(swcompile.capture(Projections().requires_grad_(False), torch.randn(1024, 256)).graph)
+    found = matmuls(swcompile.capture(Projections(*sizes).requires_grad_(False), torch.randn(1024, 256)).graph)
     gemm = make_recipe({}).format_of(Role.OUTPUT)
     assert gemm is not None
     rates = dataclasses.replace(CLOSE_RATES, kernel=5e-6, quantize=1e15, quantized_matmul=8e12)
@@ -437,10 +438,12 @@ def test_what_would_be_timed_is_what_is_called(recipe: str, layout: str, autocas
         for candidate in candidates:
             original, *parts = cost._times(candidate, CLOSE_RATES)[:2]
             lhs, rhs, target = before[candidate.matmul.node]
-            assert original.call.flags == tuple(
-                flag for flag, is_set in ((Flag.BIAS, target is torch.ops.aten.addmm.default), (Flag.LHS_TRANSPOSED, is_column_major(lhs.meta["val"])),
-                                          (Flag.RHS_TRANSPOSED, is_column_major(rhs.meta["val"]))) if is_set
-            )  # fmt: skip
+            flags = {
+                Flag.BIAS: target is torch.ops.aten.addmm.default,
+                Flag.LHS_TRANSPOSED: is_column_major(lhs.meta["val"]),
+                Flag.RHS_TRANSPOSED: is_column_major(rhs.meta["val"]),
+            }
+            assert original.call.flags == Flag.those_of(flags)
             if candidate.is_plain:
                 ours.update(part.call for part in parts[0] if part.call)
             else:
@@ -462,7 +465,7 @@ def call_of(node: torch.fx.Node) -> Call:
         b, _, b_scale, bias, dtype = rest
         flags = {Flag.BIAS: bias is not None, Flag.COLUMN_SCALES: b_scale.meta["val"].numel() > 1}
         sizes = (value.shape[0], b.meta["val"].shape[0], value.shape[1])
-        return Call(Op.SCALED_MM, sizes, dtype, tuple(flag for flag, is_set in flags.items() if is_set))
+        return Call(Op.SCALED_MM, sizes, dtype, Flag.those_of(flags))
     if name == "scaled_mm_blockwise":
         return Call(Op.SCALED_MM_BLOCKWISE, (value.shape[0], rest[0].meta["val"].shape[0], value.shape[1]), rest[-1])
     if name == "quantize_by_scale" and rest[-1]:
@@ -493,17 +496,7 @@ def test_rates_that_are_given_are_all_that_counts(timer: Timer) -> None:
 
 def test_what_is_shared_follows_what_was_measured(timer: Timer) -> None:
     """Two layers share an activation; that with more columns gains less once int8 matmuls are slower than predicted."""
-    model = nn.ModuleList(nn.Linear(256, size, bias=False) for size in (512, 384)).requires_grad_(False)
-
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = model
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.cat([layer(x) for layer in self.layers], -1)
-
-    found = matmuls(swcompile.capture(Both(), torch.randn(1024, 256)).graph)
+    found = matmuls(swcompile.capture(Projections(512, 384).requires_grad_(False), torch.randn(1024, 256)).graph)
     gemm = make_recipe({}).format_of(Role.OUTPUT)
     assert gemm is not None
     timer.factors[Op.SCALED_MM] = 1.2
