@@ -49,10 +49,16 @@ def median_ms(calls: Sequence[Callable[[], Any]], *, num_calls: int = 30) -> flo
 
 
 def samples_ms(calls: Sequence[Callable[[], Any]], num_samples: int) -> list[float]:
-    """Times of calls, which take turns, once all are queued."""
+    """Times of calls, which take turns, once all are queued: of so many, or as many as take some two seconds, but ten at least."""
     for call in islice(cycle(calls), max(3, len(calls))):
         call()
-    return intervals_ms(calls, num_samples)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    in_time = int(2.0 * len(calls) / (time.perf_counter() - start))
+    return intervals_ms(calls, max(10, min(num_samples, in_time)))
 
 
 def host_us(call: Callable[[], Any]) -> float:

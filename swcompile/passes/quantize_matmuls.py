@@ -104,11 +104,14 @@ def _predictions(
     while True:
         timed = [node for node, prediction in predicted.items() if prediction.is_measured]
         predicted |= zip([matmul.node for matmul in taken], predict(_candidates(taken, recipe, timed), left), strict=True)
-        refused = [matmul for matmul in taken if predicted[matmul.node].speedup < MIN_SPEEDUP]
+        # Those that would be slower go first: what others then bear of their costs, they may bear.
+        slowest = min(predicted[matmul.node].speedup for matmul in taken)
+        limit = 1.0 if slowest < 1.0 else MIN_SPEEDUP
+        refused = [matmul for matmul in taken if predicted[matmul.node].speedup < limit]
         if len(refused) in (0, len(taken)):
             return predicted
         left += refused
-        taken = [matmul for matmul in taken if predicted[matmul.node].speedup >= MIN_SPEEDUP]
+        taken = [matmul for matmul in taken if predicted[matmul.node].speedup >= limit]
 
 
 def _candidates(matmuls: Sequence[Matmul], recipe: Recipe, timed: Collection[fx.Node] = ()) -> list[Candidate]:
