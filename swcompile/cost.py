@@ -1,8 +1,8 @@
 """Predicts whether a matmul is faster in 8 bit, from its work and the device's measured rates."""
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sympy
@@ -37,16 +37,18 @@ class Candidate(NamedTuple):
     """Equal for those that read the same quantised activation (or gradient); None where nobody else does."""
     is_fused: bool = False
     """The activation is quantised in the kernel that computes it, which then only writes int8 in addition."""
+    weight: Hashable = None
+    """Equal for those that read the same quantised weight; None where nobody else does."""
     weight_passes: int = 1
     """How many passes the quantised weight serves."""
     scale: Hashable = None
     """Equal for those that read the weight by one scale, which is found for all of them; None where this one finds its own."""
     finds_scale: bool = True
-    """It is the one that finds it, as the first of them does."""
+    """It is the one that finds it, as the first of them does, or reads the same quantised weight."""
     gradient: Hashable = None
     """Equal for those that read the transpose of the same int8 gradient; None where nobody else does."""
-    spares_gradient: bool = False
-    """Nobody reads the gradient but candidates, so that the kernel that computes and quantises it writes only int8."""
+    spared: Hashable = None
+    """Equal for those that read what nobody else reads, so that the kernel that computes and quantises it writes only int8."""
     has_bias: bool = False
     """`scaled_mm` adds it, as the original does."""
     is_plain: bool = True
@@ -128,23 +130,30 @@ class _Times(NamedTuple):
         """What counts where the host is: it launches the next kernels while the device runs those between."""
         original, between = self.original, self.original.between
         speedup = max(original.seconds, original.host - between) / max(self.quantized, self.quantized_host - between)
-        return Prediction(speedup, launches_decide=speedup < MIN_SPEEDUP <= self.on_device().speedup)
+        return Prediction(speedup, self.is_measured, launches_decide=speedup < MIN_SPEEDUP <= self.on_device().speedup)
 
     def calls(self) -> set[Call]:
         """All that can be timed."""
         return {self.original.call} | {part.call for part in self.parts if part.call}
 
-    def measured(self, seconds: Mapping[Call, float]) -> "_Times":
-        """With times of calls in the place of those that rates predict; as it is where one of them is not known."""
-        if not self.calls() <= seconds.keys():
-            return self
+    def measured(self, seconds: Mapping[Call, float], *, is_close: bool) -> "_Times":
+        """With times of calls in the place of those that rates predict.
+
+        Where one of them is not known, or it is not close, only what it may share has the price that it has for all.
+        """
+        is_close = is_close and self.calls() <= seconds.keys()
 
         def found(call: Call) -> float:
             return seconds[call] + call.num_kernels * self.gap
 
-        parts = tuple(part._replace(seconds=found(part.call) - part.less) if part.call else part for part in self.parts)
-        original = self.original._replace(seconds=found(self.original.call))
-        return self._replace(original=original, parts=parts, is_measured=True)
+        def priced(part: _Part) -> _Part:
+            if part.call is None or part.call not in seconds or not (is_close or part.key is not None):
+                return part
+            return part._replace(seconds=max(found(part.call) - part.less, 0.0))
+
+        original = self.original._replace(seconds=found(self.original.call)) if is_close else self.original
+        parts = tuple(priced(part) for part in self.parts)
+        return self._replace(original=original, parts=parts, is_measured=self.is_measured or is_close)
 
 
 def predict_speedups(
@@ -166,8 +175,10 @@ def predict_speedups(
         rates: of the device, and nothing is timed; measured where not given.
     """
     times = _share_out([_times(candidate, rates) for candidate in candidates])
-    if rates is None:
-        times = _share_out(_time_close_ones(times, candidates))
+    timed: set[int] = set()
+    while rates is None and (close := _close_ones(times, candidates) - timed):  # shares move, and others come close
+        timed |= close
+        times = _share_out(_timed(times, candidates, timed))
     dtypes = {candidate.matmul.node.meta["val"].dtype for candidate in candidates}  # the device is measured for these
     rest = [_original(matmul, rates) for matmul in others if matmul.node.meta["val"].dtype in dtypes]
     device = sum(t.quantized + t.original.between for t in times) + sum(t.seconds + t.between for t in rest)
@@ -180,49 +191,68 @@ def predict_speedups(
 
 
 def _share_out(times: Sequence[_Times]) -> list[_Times]:
-    """Let matmuls bear what several need in proportion to what each gains without it, beyond `MIN_SPEEDUP`.
+    """Let matmuls bear what several need so that each is worth it where all together are.
 
-    By equal parts one that gains less than its part would be left alone, and the others would bear the whole for no less. So
-    of those that share one thing each is worth it as long as all together are; of those that share several, nearly so.
+    Each bears of it in proportion to what it gains beyond `MIN_SPEEDUP` after all else that it bears, and what all together spare
+    goes to who lacks it. By equal parts one that gains less than its part would be left alone, and the others would bear
+    the whole for no less. Where a matmul shares several things, what it bears of one is what it does not have for
+    another: they are shared out in turns, until nothing moves.
     """
-    readers = Counter(part.key for of_one in times for part in of_one.parts)
-
-    def is_shared(part: _Part) -> bool:
-        return part.key is not None and readers[part.key] > 1
-
-    def gain(of_one: _Times) -> float:
-        alone = sum(part.share * part.seconds for part in of_one.parts if not is_shared(part))
-        return max(of_one.original.seconds / MIN_SPEEDUP - alone, 0.0)
-
-    gains = [gain(of_one) for of_one in times]
-    whole: dict[Hashable, float] = defaultdict(float)
-    for of_one, gained in zip(times, gains, strict=True):
-        for part in of_one.parts:
-            whole[part.key] += gained
-
-    def borne(part: _Part, gained: float) -> _Part:
-        if not is_shared(part):
-            return part
-        return part._replace(share=gained / whole[part.key] if whole[part.key] else 1 / readers[part.key])
-
+    places: dict[Hashable, list[tuple[int, int]]] = defaultdict(list)
+    for number, of_one in enumerate(times):
+        for place, part in enumerate(of_one.parts):
+            places[part.key].append((number, place))
+    shared = [of_it for key, of_it in places.items() if key is not None and len(of_it) > 1]
+    shares = {place: 0.0 for of_it in shared for place in of_it}
+    borne = [
+        sum(shares.get((number, place), part.share) * part.seconds for place, part in enumerate(of_one.parts))
+        for number, of_one in enumerate(times)
+    ]
+    for _ in range(_TURNS):
+        for of_it in shared:
+            claims = []
+            for number, place in of_it:
+                seconds = times[number].parts[place].seconds
+                borne[number] -= shares[number, place] * seconds
+                gain = times[number].original.seconds / MIN_SPEEDUP - borne[number]
+                claims.append(max(gain if seconds > 0 else -gain, 0.0))
+            whole = sum(claims)
+            for (number, place), claim in zip(of_it, claims, strict=True):
+                shares[number, place] = claim / whole if whole else 1 / len(of_it)
+                borne[number] += shares[number, place] * times[number].parts[place].seconds
     return [
-        of_one._replace(parts=tuple(borne(part, gained) for part in of_one.parts))
-        for of_one, gained in zip(times, gains, strict=True)
+        of_one._replace(
+            parts=tuple(part._replace(share=shares.get((number, place), part.share)) for place, part in enumerate(of_one.parts))
+        )
+        for number, of_one in enumerate(times)
     ]
 
 
-def _time_close_ones(times: Sequence[_Times], candidates: Sequence[Candidate]) -> list[_Times]:
-    """Times of calls in the place of predictions that are near 1."""
+_TURNS = 10
+"""By then shares stay as they are: of random costs that several share, choices came within a hundredth of the best of all."""
+
+
+def _close_ones(times: Sequence[_Times], candidates: Sequence[Candidate]) -> set[int]:
+    """Those whose predictions are near 1, and whose calls can be timed."""
+    return {
+        number
+        for number, (of_one, candidate) in enumerate(zip(times, candidates, strict=True))
+        if (candidate.is_timed or _CLOSE[0] < of_one.on_device().speedup < _CLOSE[1])
+        and candidate.is_plain
+        and 0 not in _shape(candidate.matmul)
+    }
+
+
+def _timed(times: Sequence[_Times], candidates: Sequence[Candidate], numbers: Collection[int]) -> list[_Times]:
+    """Times of calls in the place of predictions: for some matmuls, and for what others share with them."""
+    devices = [candidate.matmul.node.meta["val"].device for candidate in candidates]
     wanted: dict[torch.device, set[Call]] = defaultdict(set)
-    close: dict[int, torch.device] = {}
-    for number, (of_one, candidate) in enumerate(zip(times, candidates, strict=True)):
-        is_close = candidate.is_timed or _CLOSE[0] < of_one.on_device().speedup < _CLOSE[1]
-        if is_close and candidate.is_plain and 0 not in _shape(candidate.matmul):
-            close[number] = candidate.matmul.node.meta["val"].device
-            wanted[close[number]] |= of_one.calls()
+    for number in numbers:
+        wanted[devices[number]] |= times[number].calls()
     seconds = {device: call_seconds(sorted(calls, key=str), device) for device, calls in wanted.items()}
     return [
-        of_one.measured(seconds[close[number]]) if number in close else of_one for number, of_one in enumerate(times)
+        of_one.measured(seconds.get(device, {}), is_close=number in numbers)
+        for number, (of_one, device) in enumerate(zip(times, devices, strict=True))
     ]
 
 
@@ -294,18 +324,17 @@ def _quantize(candidate: Candidate, rates: DeviceRates) -> list[_Part]:
         other = _written(other_rows, k, rates)
     else:
         other = _quantizer(*_laid_out(_OPS[Scaling.VECTOR], matmul, other_rows, is_weight=False), rates)
-    other = other._replace(key=_key("rows", candidate.activation))
-    if candidate.gemm.weight is Scaling.VECTOR:
-        return [other, _quantizer(*_laid_out(_OPS[Scaling.VECTOR], matmul, weight_rows, is_weight=True), rates)._replace(share=share)]
-    both = _quantizer(*_laid_out(_OPS[Scaling.TENSOR], matmul, weight_rows, is_weight=True), rates)
+    parts = [other._replace(key=_key("rows", candidate.activation)), *_spared(candidate, other_rows, rates)]
+    both = _quantizer(*_laid_out(_OPS[candidate.gemm.weight], matmul, weight_rows, is_weight=True), rates)
+    key = _key(str(both.call), candidate.weight)
     if candidate.scale is None:
-        return [other, both._replace(share=share)]
+        return [*parts, both._replace(share=share, key=key)]
     # The first one reads it twice, in two kernels: one for the absmax, which is shared, and one that rounds, as each has it.
     rounds = _quantizer(*_laid_out(_BY_SCALE, matmul, weight_rows, is_weight=True), rates)
     finds = _Part(both.seconds - rounds.seconds, both.num_launches - rounds.num_launches, key=_key("scale", candidate.scale))
     if candidate.finds_scale:
         rounds = rounds._replace(call=both.call, less=finds.seconds)
-    return [other, rounds._replace(share=share), finds]
+    return [*parts, rounds._replace(key=key), finds]
 
 
 _OPS = {
@@ -340,14 +369,21 @@ def _quantize_by_block(candidate: Candidate, rates: DeviceRates) -> list[_Part]:
     *_, k = _shape(matmul)
     weight_rows, other_rows = _rows(matmul)
     gradient = _written(k, other_rows, rates) if candidate.is_fused else _quantizer(Op.QUANTIZE_ROWWISE, (k, other_rows), dtype, rates)
-    parts = [
+    return [
         _quantizer(Op.QUANTIZE_BLOCKWISE_TRANSPOSE, (k, weight_rows), dtype, rates),
         gradient._replace(key=_key("rows", candidate.activation)),
+        *_spared(candidate, other_rows, rates),
         _quantizer(Op.TRANSPOSE, (k, other_rows), torch.int8, rates)._replace(key=_key("turned", candidate.gradient)),
     ]
-    if candidate.spares_gradient:
-        parts.append(_Part(-dtype.itemsize * k * other_rows / rates.quantize, 0, key=_key("spared", candidate.gradient)))
-    return parts
+
+
+def _spared(candidate: Candidate, other_rows: int, rates: DeviceRates) -> list[_Part]:
+    """What need not be written in 16 bit."""
+    if candidate.spared is None:
+        return []
+    *_, k = _shape(candidate.matmul)
+    itemsize = candidate.matmul.other_operand.meta["val"].dtype.itemsize
+    return [_Part(-itemsize * k * other_rows / rates.quantize, 0, key=_key("spared", candidate.spared))]
 
 
 def _key(what: str, which: Hashable) -> Hashable:

@@ -307,10 +307,10 @@ def test_a_prediction_decides_where_slower_ones_are_skipped(ratio: float) -> Non
 
 @pytest.mark.parametrize("together, alone, num_rewritten", [
     ((1.005, 1.06), 0.98, 0), ((0.99, 1.06), 0.98, 0), ((0.99, 1.06), 1.01, 1), ((0.99, 1.005), 1.01, 1),
-    ((0.99, 1.005), 1.005, 0), ((1.01, 1.01), None, 2), ((1.005, 1.005), None, 0), ((0.98, 0.99), None, 0),
+    ((0.99, 1.005), 1.005, 0), ((1.01, 1.01), 0.0, 2), ((1.005, 1.005), 0.0, 0), ((0.98, 0.99), 0.0, 0),
 ])  # fmt: skip
 def test_costs_are_shared_with_what_is_rewritten_too(
-    together: tuple[float, float], alone: float | None, num_rewritten: int
+    together: tuple[float, float], alone: float, num_rewritten: int
 ) -> None:
     """A forward and a backward that find one scale. What is worth it with the other's part may be so alone, or not."""
     asked: list[list[tuple[Role, int]]] = []
@@ -319,13 +319,22 @@ def test_costs_are_shared_with_what_is_rewritten_too(
         asked.append([(c.matmul.role, sharers) for c, sharers in sharing(candidates, "scale")])
         assert len(candidates) + len(others) == 3
         worth = {(Role.OUTPUT, 2): together[0], (Role.GRAD_INPUT, 2): together[1], (Role.GRAD_INPUT, 1): alone}
-        return [Prediction(speedup) for key in asked[-1] if (speedup := worth[key])]
+        return [Prediction(worth[key]) for key in asked[-1]]
 
     graph = swcompile.capture(nn.Linear(IN, OUT), x_of().requires_grad_()).graph
     result = swcompile.quantize_matmuls(graph, recipe=make_recipe({"include": "*"}), predict=predict)
     assert asked == [[(Role.OUTPUT, 2), (Role.GRAD_INPUT, 2)]] + ([[(Role.GRAD_INPUT, 1)]] if alone else [])
     assert result.rewrites == num_rewritten
     assert [d.speedup for d in result.decisions] == [together[0], alone or together[1], None]
+
+
+def test_nothing_is_predicted_where_nothing_may_be_rewritten() -> None:
+    def predict(*of: Any) -> list[Prediction]:
+        raise AssertionError(of)
+
+    for model, options in ((nn.GELU(), {}), (nn.Linear(IN, OUT), {}), (nn.Linear(IN, OUT), {"exclude": "*", "include": "*"})):
+        result = swcompile.quantize_matmuls(swcompile.capture(model, x_of()).graph, recipe=make_recipe(options), predict=predict)
+        assert result.rewrites == 0 and not any(decision.rewritten for decision in result.decisions)
 
 
 @pytest.mark.parametrize("spelling", ["[out, in]", "[in, out]"])
@@ -341,13 +350,13 @@ def test_what_a_gradient_of_the_weight_in_int8_shares(spelling: str) -> None:
 
     def predict(candidates: Sequence[Any], others: Sequence[Any]) -> list[Prediction]:
         for (c, sharers), (_, turned) in zip(sharing(candidates, "activation"), sharing(candidates, "gradient"), strict=True):
-            seen.setdefault(c.matmul.role, set()).add((sharers, turned, c.is_fused, c.spares_gradient))
+            seen.setdefault(c.matmul.role, set()).add((sharers, turned, c.is_fused, c.spared is not None))
         return [Prediction(2.0)] * len(candidates)
 
     joint = swcompile.capture(Model(call, a=torch.randn(shape), b=torch.randn(shape)), x_of())
     recipe = make_recipe({"recipe": "switchback_full", "include": "*", "fuse": True})
     assert swcompile.quantize_matmuls(joint.graph, recipe=recipe, predict=predict).rewrites == 6
-    assert seen[Role.GRAD_WEIGHT] == {(4, 2, True, True)} and seen[Role.GRAD_INPUT] == {(4, 1, True, False)}
+    assert seen[Role.GRAD_WEIGHT] == {(4, 2, True, True)} and seen[Role.GRAD_INPUT] == {(4, 1, True, True)}
     assert count(joint.graph, TRANSPOSE) == 1 and count(joint.graph, QUANTIZE_BLOCKWISE_TRANSPOSE) == 2
 
     seen.clear()  # a gradient that is multiplied by something, too

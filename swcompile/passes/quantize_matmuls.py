@@ -1,7 +1,8 @@
 """Rewrite the matmuls of linear layers to 8 bit."""
 
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Hashable, Sequence
+from itertools import compress
 from operator import getitem
 from typing import Any, NamedTuple
 
@@ -101,31 +102,35 @@ def _predictions(
     """Matmul -> what 8 bit is worth to it, where those alone share its costs that are rewritten, too."""
     predicted: dict[fx.Node, Prediction] = {}
     taken, left = list(wanted), list(others)
-    while True:
-        timed = [node for node, prediction in predicted.items() if prediction.is_measured]
-        predicted |= zip([matmul.node for matmul in taken], predict(_candidates(taken, recipe, timed), left), strict=True)
+    while taken:
+        timed = {node for node, prediction in predicted.items() if prediction.is_measured}
+        found = predict(_candidates(taken, recipe, timed), left)
+        predicted |= zip([matmul.node for matmul in taken], found, strict=True)
         # Those that would be slower go first: what others then bear of their costs, they may bear.
-        slowest = min(predicted[matmul.node].speedup for matmul in taken)
-        limit = 1.0 if slowest < 1.0 else MIN_SPEEDUP
-        refused = [matmul for matmul in taken if predicted[matmul.node].speedup < limit]
-        if len(refused) in (0, len(taken)):
-            return predicted
-        left += refused
-        taken = [matmul for matmul in taken if predicted[matmul.node].speedup >= limit]
+        limit = 1.0 if any(prediction.speedup < 1.0 for prediction in found) else MIN_SPEEDUP
+        stays = [prediction.speedup >= limit for prediction in found]
+        if len({*stays}) == 1:
+            break
+        left += [matmul for matmul, is_taken in zip(taken, stays, strict=True) if not is_taken]
+        taken = list(compress(taken, stays))
+    return predicted
 
 
 def _candidates(matmuls: Sequence[Matmul], recipe: Recipe, timed: Collection[fx.Node] = ()) -> list[Candidate]:
     """The matmuls, each with what it shares; those that were timed before are timed again."""
     readers = Counter(_weight_key(matmul) for matmul in matmuls)
-    nodes = {matmul.node for matmul in matmuls}
-    scaled: set[fx.Node] = set()
+    by_rows: dict[Hashable, set[fx.Node]] = defaultdict(set)
+    for matmul in matmuls:
+        by_rows[_activation_key(matmul, recipe)].add(matmul.node)
+    finders: dict[fx.Node, Hashable] = {}
     candidates = []
     for matmul in matmuls:
         gemm = recipe.format_of(matmul.role)
         assert gemm is not None
-        weight, _ = _weight_key(matmul)
-        is_held = readers[_weight_key(matmul)] == 1 and _can_be_held(matmul, gemm)
+        weight, *_ = of_weight = _weight_key(matmul)
+        is_held = readers[of_weight] == 1 and _can_be_held(matmul, gemm)
         keeps_scale = _keeps_scale(matmul, recipe)
+        activation = _activation_key(matmul, recipe)
         fuses = matmul.other_operand.meta["val"].device.type in fused_devices(recipe)
         is_fused = fuses and _will_be_fused(matmul, gemm)
         total = _sum_of(matmul.node)
@@ -134,20 +139,19 @@ def _candidates(matmuls: Sequence[Matmul], recipe: Recipe, timed: Collection[fx.
             Candidate(
                 matmul,
                 gemm,
-                activation=_activation_key(matmul, recipe),
+                activation=activation,
                 is_fused=is_fused,
+                weight=None if gemm.is_by_block else of_weight,
                 weight_passes=recipe.micro_batches if is_held else 1,
                 scale=weight if keeps_scale else None,
-                finds_scale=not keeps_scale or weight not in scaled,
+                finds_scale=not keeps_scale or finders.setdefault(weight, of_weight) == of_weight,
                 gradient=values.source_of(matmul.other_operand) if gemm.is_by_block else None,
-                spares_gradient=gemm.is_by_block and is_fused and _reads_alone(matmul, nodes),
+                spared=activation if is_fused and _reads_alone(matmul, by_rows[activation]) else None,
                 has_bias=bias is not None,
                 is_plain=matmul.node.meta["val"].dim() == 2 and not _is_swapped(matmul, gemm) and not _adds(total, bias),
                 is_timed=matmul.node in timed,
             )
         )
-        if keeps_scale:
-            scaled.add(weight)
     return candidates
 
 
