@@ -49,7 +49,7 @@ def median_ms(calls: Sequence[Callable[[], Any]], *, num_calls: int = 30) -> flo
 
 
 def samples_ms(calls: Sequence[Callable[[], Any]], num_samples: int) -> list[float]:
-    """Times of calls, which take turns, once all are queued: of so many, or as many as take some two seconds, but ten at least."""
+    """Times of calls, which take turns, once all are queued: of so many, or fewer that take some two seconds, but ten at least."""
     for call in islice(cycle(calls), max(3, len(calls))):
         call()
     torch.cuda.synchronize()

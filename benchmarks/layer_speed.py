@@ -163,8 +163,9 @@ def main() -> None:
     if args.sweep:
         columns |= {f"{role.value} {what}": form for role in ROLES for what, form in RULE_COLUMNS.items()} | {"of the best": ".2f"}
         note += (
-            " Of each matmul: how much faster int8 is, and how much by the rule, which predicts it and times it itself where that is near "
-            f"1 (at {MIN_SPEEDUP} or more it chooses int8); of the layer, the best time of all choices over that of the rule's."
+            " Of each matmul: how much faster int8 is, where the output bears what finds the weight's scale for both, and how much by the "
+            "rule, by which who gains more bears more of it. The rule predicts this, times it itself where that is near 1, and chooses "
+            f"int8 at {MIN_SPEEDUP} or more. Of the layer, the best time of all choices over that of the rule's."
         )
     text = [header("One linear layer: forward and backward"), note, markdown_table(rows, columns)]
     print("\n\n".join(text))

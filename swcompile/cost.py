@@ -24,8 +24,8 @@ from swcompile.recipe import GemmFormat, Role, Scaling
 from swcompile.values import is_column_major, unrounded
 
 MIN_SPEEDUP = 1.01
-"""What 8 bit has to be worth at least, as it rounds. Where calls are timed it is worth up to 3 % more than they say: 60 layers on an
-H200."""
+"""What 8 bit has to be worth at least, as it rounds. It is worth more than calls say that are timed among their equals: up to 3 %, in
+60 layers on an H200."""
 
 
 class Candidate(NamedTuple):
