@@ -89,7 +89,7 @@ class _Part(NamedTuple):
     """What a kernel or two of a matmul in 8 bit take."""
 
     seconds: float
-    """Of the device."""
+    """Of the device; below zero where they spare it a part of another kernel."""
     num_launches: int
     call: Call | None = None
     """To time it; not for what is no call of its own, but a part of one."""
@@ -115,7 +115,12 @@ class _Times(NamedTuple):
     @property
     def quantized(self) -> float:
         """Seconds of the device, in 8 bit."""
-        return sum(part.share * part.seconds for part in self.parts)
+        return sum(part.share * part.seconds for part in self.parts if part.seconds > 0)
+
+    @property
+    def spared(self) -> float:
+        """Seconds of other kernels that the original takes besides its own."""
+        return -sum(part.share * part.seconds for part in self.parts if part.seconds < 0)
 
     @property
     def quantized_host(self) -> float:
@@ -124,12 +129,13 @@ class _Times(NamedTuple):
 
     def on_device(self) -> Prediction:
         """What counts where the device is the bottleneck."""
-        return Prediction(self.original.seconds / self.quantized, self.is_measured)
+        return Prediction((self.original.seconds + self.spared) / self.quantized, self.is_measured)
 
     def with_launches(self) -> Prediction:
         """What counts where the host is: it launches the next kernels while the device runs those between."""
         original, between = self.original, self.original.between
-        speedup = max(original.seconds, original.host - between) / max(self.quantized, self.quantized_host - between)
+        seconds = max(original.seconds + self.spared, original.host - between)
+        speedup = seconds / max(self.quantized, self.quantized_host - between)
         return Prediction(speedup, self.is_measured, launches_decide=speedup < MIN_SPEEDUP <= self.on_device().speedup)
 
     def calls(self) -> set[Call]:
@@ -181,7 +187,7 @@ def predict_speedups(
         times = _share_out(_timed(times, candidates, timed))
     dtypes = {candidate.matmul.node.meta["val"].dtype for candidate in candidates}  # the device is measured for these
     rest = [_original(matmul, rates) for matmul in others if matmul.node.meta["val"].dtype in dtypes]
-    device = sum(t.quantized + t.original.between for t in times) + sum(t.seconds + t.between for t in rest)
+    device = sum(t.quantized - t.spared + t.original.between for t in times) + sum(t.seconds + t.between for t in rest)
     host = sum(t.quantized_host for t in times) + sum(t.host for t in rest)
     by_device = [t.on_device() for t in times]
     is_settled = all(prediction.speedup >= MIN_SPEEDUP for prediction in by_device)
@@ -204,22 +210,25 @@ def _share_out(times: Sequence[_Times]) -> list[_Times]:
             places[part.key].append((number, place))
     shared = [of_it for key, of_it in places.items() if key is not None and len(of_it) > 1]
     shares = {place: 0.0 for of_it in shared for place in of_it}
-    borne = [
-        sum(shares.get((number, place), part.share) * part.seconds for place, part in enumerate(of_one.parts))
+    # What is spared counts as the original's.
+    costs = {
+        (number, place): part.seconds if part.seconds > 0 else part.seconds / MIN_SPEEDUP
         for number, of_one in enumerate(times)
-    ]
+        for place, part in enumerate(of_one.parts)
+    }
+    gains = [of_one.original.seconds / MIN_SPEEDUP for of_one in times]
+    for (number, place), seconds in costs.items():
+        gains[number] -= shares.get((number, place), times[number].parts[place].share) * seconds
     for _ in range(_TURNS):
         for of_it in shared:
             claims = []
             for number, place in of_it:
-                seconds = times[number].parts[place].seconds
-                borne[number] -= shares[number, place] * seconds
-                gain = times[number].original.seconds / MIN_SPEEDUP - borne[number]
-                claims.append(max(gain if seconds > 0 else -gain, 0.0))
+                gains[number] += shares[number, place] * costs[number, place]
+                claims.append(max(gains[number] if costs[number, place] > 0 else -gains[number], 0.0))
             whole = sum(claims)
             for (number, place), claim in zip(of_it, claims, strict=True):
                 shares[number, place] = claim / whole if whole else 1 / len(of_it)
-                borne[number] += shares[number, place] * times[number].parts[place].seconds
+                gains[number] -= shares[number, place] * costs[number, place]
     return [
         of_one._replace(
             parts=tuple(part._replace(share=shares.get((number, place), part.share)) for place, part in enumerate(of_one.parts))
