@@ -98,7 +98,12 @@ class _Part(NamedTuple):
     share: float = 1.0
     """Of it that this matmul bears."""
     key: Hashable = None
-    """Equal for matmuls that need the same and share it."""
+    """Equal for matmuls that need the same and share it; of one matmul, no two parts have the same."""
+
+    @property
+    def cost(self) -> float:
+        """Seconds, as they count against what the original may take at most; what is spared is a part of that."""
+        return self.seconds if self.seconds > 0 else self.seconds / MIN_SPEEDUP
 
 
 class _Times(NamedTuple):
@@ -204,34 +209,28 @@ def _share_out(times: Sequence[_Times]) -> list[_Times]:
     the whole for no less. Where a matmul shares several things, what it bears of one is what it does not have for
     another: they are shared out in turns, until nothing moves.
     """
-    places: dict[Hashable, list[tuple[int, int]]] = defaultdict(list)
+    costs: dict[Hashable, dict[int, float]] = defaultdict(dict)
     for number, of_one in enumerate(times):
-        for place, part in enumerate(of_one.parts):
-            places[part.key].append((number, place))
-    shared = [of_it for key, of_it in places.items() if key is not None and len(of_it) > 1]
-    shares = {place: 0.0 for of_it in shared for place in of_it}
-    # What is spared counts as the original's.
-    costs = {
-        (number, place): part.seconds if part.seconds > 0 else part.seconds / MIN_SPEEDUP
-        for number, of_one in enumerate(times)
-        for place, part in enumerate(of_one.parts)
-    }
-    gains = [of_one.original.seconds / MIN_SPEEDUP for of_one in times]
-    for (number, place), seconds in costs.items():
-        gains[number] -= shares.get((number, place), times[number].parts[place].share) * seconds
+        for part in of_one.parts:
+            costs[part.key][number] = part.cost
+    shared = {key: of_it for key, of_it in costs.items() if key is not None and len(of_it) > 1}
+    shares = {key: dict.fromkeys(of_it, 0.0) for key, of_it in shared.items()}
+    gains = [
+        of_one.original.seconds / MIN_SPEEDUP - sum(part.share * part.cost for part in of_one.parts if part.key not in shared)
+        for of_one in times
+    ]
     for _ in range(_TURNS):
-        for of_it in shared:
-            claims = []
-            for number, place in of_it:
-                gains[number] += shares[number, place] * costs[number, place]
-                claims.append(max(gains[number] if costs[number, place] > 0 else -gains[number], 0.0))
-            whole = sum(claims)
-            for (number, place), claim in zip(of_it, claims, strict=True):
-                shares[number, place] = claim / whole if whole else 1 / len(of_it)
-                gains[number] -= shares[number, place] * costs[number, place]
+        for key, of_it in shared.items():
+            for number, seconds in of_it.items():
+                gains[number] += shares[key][number] * seconds
+            claims = {number: max(gains[number] if seconds > 0 else -gains[number], 0.0) for number, seconds in of_it.items()}
+            whole = sum(claims.values())
+            shares[key] = {number: claim / whole if whole else 1 / len(claims) for number, claim in claims.items()}
+            for number, seconds in of_it.items():
+                gains[number] -= shares[key][number] * seconds
     return [
         of_one._replace(
-            parts=tuple(part._replace(share=shares.get((number, place), part.share)) for place, part in enumerate(of_one.parts))
+            parts=tuple(part._replace(share=shares[part.key][number]) if part.key in shared else part for part in of_one.parts)
         )
         for number, of_one in enumerate(times)
     ]

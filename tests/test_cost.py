@@ -183,8 +183,8 @@ def test_a_sum_over_tokens_has_its_own_rates(monkeypatch: pytest.MonkeyPatch) ->
     by_tensor = quantized(layer)
     assert by_tensor.keys() == {Role.OUTPUT, Role.GRAD_INPUT}
     by_block = quantized(layer, recipe="switchback_full")
-    assert multiply[1.5e12] + turned < by_block[Role.GRAD_WEIGHT] < multiply[1.5e12] + turned + 0.5 * rows
     alone = multiply[1.5e12] + turned
+    assert alone < by_block[Role.GRAD_WEIGHT] < alone + 0.5 * rows
     assert sum(by_block.values()) == pytest.approx(sum(by_tensor.values()) + alone, rel=1e-6)
 
     # What computes the gradient writes int8 for grad_input as well, and no float32 for anybody.
@@ -323,13 +323,18 @@ class Projections(nn.Module):
         return torch.cat([layer(x) for layer in self.layers], -1)
 
 
+def activation_sharers(sizes: Sequence[int]) -> list[Candidate]:
+    """Layers of so many columns that share an activation."""
+    found = matmuls(swcompile.capture(Projections(*sizes).requires_grad_(False), torch.randn(1024, 256)).graph)
+    gemm = make_recipe({}).format_of(Role.OUTPUT)
+    assert gemm is not None
+    return [Candidate(matmul, gemm, activation="x") for matmul in found]
+
+
 @pytest.mark.parametrize("are_all", [False, True], ids=["only what is worth it alone", "all that are worth it together"])
 def test_what_is_shared_is_borne_by_who_gains(are_all: bool) -> None:
     """By equal parts the small one of three would be left alone, although its activation is in int8 in any case."""
     sizes = (512, 512, 24 if are_all else 16)
-    found = matmuls(swcompile.capture(Projections(*sizes).requires_grad_(False), torch.randn(1024, 256)).graph)
-    gemm = make_recipe({}).format_of(Role.OUTPUT)
-    assert gemm is not None
     rates = dataclasses.replace(CLOSE_RATES, kernel=5e-6, quantize=1e15, quantized_matmul=8e12)
 
     def seconds(size: int) -> tuple[float, float]:
@@ -340,7 +345,7 @@ def test_what_is_shared_is_borne_by_who_gains(are_all: bool) -> None:
     activation = 5e-6
     gains = [as_it_is / cost.MIN_SPEEDUP - int8 for as_it_is, int8 in map(seconds, sizes)]
     assert gains[2] < activation / 3 < sum(gains) / 3 and (gains[2] > 0) == are_all
-    predictions = cost.predict_speedups([Candidate(matmul, gemm, activation="x") for matmul in found], rates=rates)
+    predictions = cost.predict_speedups(activation_sharers(sizes), rates=rates)
     for size, gain, prediction in zip(sizes, gains, predictions, strict=True):
         as_it_is, int8 = seconds(size)
         assert prediction.speedup == pytest.approx(as_it_is / (int8 + activation * max(gain, 0) / sum(g for g in gains if g > 0)), rel=1e-4)
@@ -625,17 +630,14 @@ def test_rates_that_are_given_are_all_that_counts(timer: Timer) -> None:
 
 def test_what_is_shared_follows_what_was_measured(timer: Timer) -> None:
     """Two layers share an activation; that with more columns gains less once int8 matmuls are slower than predicted."""
-    found = matmuls(swcompile.capture(Projections(512, 384).requires_grad_(False), torch.randn(1024, 256)).graph)
-    gemm = make_recipe({}).format_of(Role.OUTPUT)
-    assert gemm is not None
     timer.factors[Op.SCALED_MM] = 1.2
     for passes in (2, 4):
-        candidates = [Candidate(matmul, gemm, activation="x", weight_passes=passes, is_timed=True) for matmul in found]
+        candidates = [candidate._replace(weight_passes=passes, is_timed=True) for candidate in activation_sharers((512, 384))]
         predictions = cost.predict_speedups(candidates)
         assert all(prediction.is_measured for prediction in predictions)
         gains, bears = [], []
-        for matmul, prediction in zip(found, predictions, strict=True):
-            n = matmul.shape[1]
+        for candidate, prediction in zip(candidates, predictions, strict=True):
+            n = candidate.matmul.shape[1]
             calls = [
                 Call(Op.MATMUL, (1024, n, 256), torch.float32, (Flag.RHS_TRANSPOSED,)), Call(Op.SCALED_MM, (1024, n, 256), torch.float32),
                 Call(Op.QUANTIZE_TENSORWISE, (n, 256), torch.float32),
@@ -648,17 +650,9 @@ def test_what_is_shared_follows_what_was_measured(timer: Timer) -> None:
         assert min(gains) > 0 and bears[0] / bears[1] == pytest.approx(gains[0] / gains[1])
 
 
-def activation_sharers(sizes: Sequence[int]) -> list[Candidate]:
-    """Layers of so many columns that share an activation."""
-    found = matmuls(swcompile.capture(Projections(*sizes).requires_grad_(False), torch.randn(1024, 256)).graph)
-    gemm = make_recipe({}).format_of(Role.OUTPUT)
-    assert gemm is not None
-    return [Candidate(matmul, gemm, activation="x") for matmul in found]
-
-
 def test_what_is_shared_has_one_price(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for one whose calls are not timed."""
-    first, second = candidates = activation_sharers((512, 512))
+    first, second = activation_sharers((512, 512))
     monkeypatch.setattr(cost, "_CLOSE", (1.0, 1.0))
     timer.factors[Op.QUANTIZE_ROWWISE] = 3.0
     predictions = cost.predict_speedups([first._replace(is_timed=True), second])
@@ -667,7 +661,7 @@ def test_what_is_shared_has_one_price(timer: Timer, monkeypatch: pytest.MonkeyPa
     own = sum(part.seconds for part in times.parts if part.key is None)
     activation = timer.seconds(Call(Op.QUANTIZE_ROWWISE, (1024, 256), torch.float32)) + CLOSE_RATES.gap
     assert sum(times.original.seconds / prediction.speedup for prediction in predictions) == pytest.approx(2 * own + activation)
-    assert len(candidates) == 2 and predictions[0].speedup == pytest.approx(predictions[1].speedup)
+    assert predictions[0].speedup == pytest.approx(predictions[1].speedup)
 
 
 def test_who_comes_close_once_others_are_timed_is_timed_too(timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Sequence
 from itertools import compress
-from operator import getitem
+from operator import getitem, not_
 from typing import Any, NamedTuple
 
 import torch
@@ -111,26 +111,27 @@ def _predictions(
         stays = [prediction.speedup >= limit for prediction in found]
         if len({*stays}) == 1:
             break
-        left += [matmul for matmul, is_taken in zip(taken, stays, strict=True) if not is_taken]
+        left += compress(taken, map(not_, stays))
         taken = list(compress(taken, stays))
     return predicted
 
 
 def _candidates(matmuls: Sequence[Matmul], recipe: Recipe, timed: Collection[fx.Node] = ()) -> list[Candidate]:
     """The matmuls, each with what it shares; those that were timed before are timed again."""
-    readers = Counter(_weight_key(matmul) for matmul in matmuls)
-    by_rows: dict[Hashable, set[fx.Node]] = defaultdict(set)
-    for matmul in matmuls:
-        by_rows[_activation_key(matmul, recipe)].add(matmul.node)
+    weights = [_weight_key(matmul) for matmul in matmuls]
+    weight_readers = Counter(weights)
+    activations = [_activation_key(matmul, recipe) for matmul in matmuls]
+    activation_readers: dict[Hashable, set[fx.Node]] = defaultdict(set)
+    for matmul, activation in zip(matmuls, activations, strict=True):
+        activation_readers[activation].add(matmul.node)
     finders: dict[fx.Node, Hashable] = {}
     candidates = []
-    for matmul in matmuls:
+    for matmul, of_weight, activation in zip(matmuls, weights, activations, strict=True):
         gemm = recipe.format_of(matmul.role)
         assert gemm is not None
-        weight, *_ = of_weight = _weight_key(matmul)
-        is_held = readers[of_weight] == 1 and _can_be_held(matmul, gemm)
+        weight, _ = of_weight
+        is_held = weight_readers[of_weight] == 1 and _can_be_held(matmul, gemm)
         keeps_scale = _keeps_scale(matmul, recipe)
-        activation = _activation_key(matmul, recipe)
         fuses = matmul.other_operand.meta["val"].device.type in fused_devices(recipe)
         is_fused = fuses and _will_be_fused(matmul, gemm)
         total = _sum_of(matmul.node)
@@ -146,7 +147,7 @@ def _candidates(matmuls: Sequence[Matmul], recipe: Recipe, timed: Collection[fx.
                 scale=weight if keeps_scale else None,
                 finds_scale=not keeps_scale or finders.setdefault(weight, of_weight) == of_weight,
                 gradient=values.source_of(matmul.other_operand) if gemm.is_by_block else None,
-                spared=activation if is_fused and _reads_alone(matmul, by_rows[activation]) else None,
+                spared=activation if is_fused and _reads_alone(matmul, activation_readers[activation]) else None,
                 has_bias=bias is not None,
                 is_plain=matmul.node.meta["val"].dim() == 2 and not _is_swapped(matmul, gemm) and not _adds(total, bias),
                 is_timed=matmul.node in timed,
