@@ -29,7 +29,7 @@ from swcompile.forward_ops import (
     readers_of_value,
     shape_of,
 )
-from swcompile.graph import hint
+from swcompile.symbolic import hint
 
 aten = torch.ops.aten
 

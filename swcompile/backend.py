@@ -13,7 +13,6 @@ from torch._inductor.async_compile import maybe_warm_pool
 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swcompile.cost import size_buckets, symbolic_sizes
 from swcompile.graph_pass import LateGraphPass
 from swcompile.joint import (
     JointPass,
@@ -31,6 +30,7 @@ from swcompile.pipeline import log, target_name
 from swcompile.rates import rates_identity, start_measuring
 from swcompile.recipe import Recipe
 from swcompile.report import Decision, Report
+from swcompile.symbolic import size_buckets, symbolic_sizes
 
 _LATE = "post_grad_custom_post_pass"
 """Inductor's hook behind its own passes on the forward graph and on the backward graph."""

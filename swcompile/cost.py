@@ -2,25 +2,22 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import NamedTuple
 
-import sympy
 import torch
 from torch import fx
 from torch._inductor import config as inductor_config
-from torch.fx.experimental.sym_node import SymNode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from swcompile.calls import Call, Flag, Op
-from swcompile.graph import Matmul, hint
+from swcompile.graph import Matmul
 from swcompile.kernels.int8 import padded
 from swcompile.kernels.library import Work
 from swcompile.kernels.scaled_mm import scaled_mm_work
-from swcompile.kernels.tuning import bucket
 from swcompile.measuring import DeviceRates
 from swcompile.rates import call_seconds, device_rates
 from swcompile.recipe import GemmFormat, Role, Scaling
+from swcompile.symbolic import bucketed
 from swcompile.values import is_column_major, unrounded
 
 MIN_SPEEDUP = 1.01
@@ -424,33 +421,3 @@ def _shape(matmul: Matmul) -> tuple[int, int, int]:
     *rows, k = (bucketed(size) for size in matmul.lhs.meta["val"].shape)
     n = matmul.node.meta["val"].shape[-1] if matmul.node.meta["val"].dim() > 1 else 1
     return math.prod(rows), bucketed(n), k
-
-
-def bucketed(size: int | torch.SymInt) -> int:
-    """The size itself, or of a symbolic one its value where each symbol is its hint rounded up to a power of two.
-
-    Decisions rest on these values, and a cache key holds them (`size_buckets`): a graph that is compiled once for
-    any number of tokens then gets the same decisions from every number in the bucket.
-    """
-    if not isinstance(size, torch.SymInt):
-        return size
-    node = size.node
-    hints = {symbol: bucket(_symbol_hint(symbol, node.shape_env)) for symbol in node.expr.free_symbols}
-    return int(node.expr.subs(hints))
-
-
-def symbolic_sizes(values: Iterable[Any]) -> list[torch.SymInt]:
-    """The symbolic ones among numbers and the sizes of tensors."""
-    shapes = (value.shape if isinstance(value, torch.Tensor) else (value,) for value in values)
-    return [size for shape in shapes for size in shape if isinstance(size, torch.SymInt)]
-
-
-def size_buckets(values: Iterable[Any]) -> dict[str, int]:
-    """Name -> bucketed hint of each symbol in numbers and the sizes of tensors."""
-    nodes = [size.node for size in symbolic_sizes(values)]
-    symbols = {symbol: node.shape_env for node in nodes for symbol in node.expr.free_symbols}
-    return dict(sorted((str(symbol), bucket(_symbol_hint(symbol, env))) for symbol, env in symbols.items()))
-
-
-def _symbol_hint(symbol: sympy.Symbol, shape_env: ShapeEnv) -> int:
-    return hint(torch.SymInt(SymNode(symbol, shape_env, int, None)))

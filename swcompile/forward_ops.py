@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from swcompile.forward import attribute
-from swcompile.graph import hint
+from swcompile.symbolic import hint
 
 aten = torch.ops.aten
 

@@ -16,6 +16,7 @@ from swcompile.kernels.formats import INT8, NumberFormat
 from swcompile.kernels.scaled_mm import SCALED_MM
 from swcompile.kernels.scaled_mm_blockwise import SCALED_MM_BLOCKWISE
 from swcompile.recipe import Role
+from swcompile.symbolic import hint
 from swcompile.values import CASTS, VIEWS, derivation, parameter_root, parameters_alone
 
 aten = torch.ops.aten
@@ -103,14 +104,6 @@ def operands(matmul: fx.Node) -> tuple[fx.Node, fx.Node]:
 def sizes(node: fx.Node) -> tuple[int, ...]:
     """The shape of a node's value, symbolic sizes by their hints (without adding guards)."""
     return tuple(hint(size) for size in node.meta["val"].shape)
-
-
-def hint(size: int | torch.SymInt) -> int:
-    """The size itself, or the example value behind a symbolic one."""
-    if isinstance(size, torch.SymInt):
-        known = size.node.hint
-        return int(known) if known is not None else 8192  # data-dependent: any plausible number of tokens
-    return size
 
 
 def name_parameters(graph: fx.Graph, names: Mapping[int, str]) -> None:

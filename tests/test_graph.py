@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, gelu, layer_norm, linear
 import swcompile
 from swcompile import Role, joint_passes, make_recipe, values
 from swcompile import graph as facts
+from swcompile.symbolic import hint
 
 TOKENS, WIDTH = 8, 32
 OUTPUT, GRAD_INPUT, GRAD_WEIGHT, OTHER = Role.OUTPUT, Role.GRAD_INPUT, Role.GRAD_WEIGHT, Role.OTHER
@@ -394,7 +395,7 @@ def test_symbolic_sizes_are_reported_by_the_example() -> None:
 
 
 def test_hint_of_a_size_that_depends_on_data() -> None:
-    assert facts.hint(7) == 7 and isinstance(facts.hint(ShapeEnv().create_unbacked_symint()), int)
+    assert hint(7) == 7 and isinstance(hint(ShapeEnv().create_unbacked_symint()), int)
 
 
 def test_one_compilation_for_all_batch_sizes_and_lengths() -> None:
