@@ -161,7 +161,7 @@ class _Times(NamedTuple):
 
         original = self.original._replace(seconds=found(self.original.call)) if is_close else self.original
         parts = tuple(priced(part) for part in self.parts)
-        return self._replace(original=original, parts=parts, is_measured=self.is_measured or is_close)
+        return self._replace(original=original, parts=parts, is_measured=is_close)
 
 
 def predict_speedups(
@@ -182,11 +182,11 @@ def predict_speedups(
             for which the device would have to be measured, nothing is counted.
         rates: of the device, and nothing is timed; measured where not given.
     """
-    times = _share_out([_times(candidate, rates) for candidate in candidates])
-    timed: set[int] = set()
+    predicted = [_times(candidate, rates) for candidate in candidates]
+    times, timed = _share_out(predicted), set[int]()
     while rates is None and (close := _close_ones(times, candidates) - timed):  # shares move, and others come close
         timed |= close
-        times = _share_out(_timed(times, candidates, timed))
+        times = _share_out(_timed(predicted, candidates, timed))
     dtypes = {candidate.matmul.node.meta["val"].dtype for candidate in candidates}  # the device is measured for these
     rest = [_original(matmul, rates) for matmul in others if matmul.node.meta["val"].dtype in dtypes]
     device = sum(t.quantized - t.spared + t.original.between for t in times) + sum(t.seconds + t.between for t in rest)

@@ -437,11 +437,8 @@ def test_no_choice_is_much_worse_than_the_best(shape: str, monkeypatch: pytest.M
 
 
 def test_where_nothing_is_gained_all_bear_the_same() -> None:
-    found = matmuls(swcompile.capture(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), torch.randn(4, 16)).graph)
-    gemm = make_recipe({}).format_of(Role.OUTPUT)
-    assert gemm is not None
-    candidates = [Candidate(matmul, gemm, activation="x") for matmul in found if matmul.role is Role.OUTPUT]
-    times = cost._share_out([cost._times(candidate, RATES) for candidate in candidates])
+    times = cost._share_out([cost._times(candidate, RATES) for candidate in activation_sharers((1, 2))])
+    assert all(of_one.original.seconds < of_one.quantized for of_one in times)
     assert [part.share for of_one in times for part in of_one.parts if part.key] == [0.5, 0.5]
 
 
@@ -699,12 +696,10 @@ def test_what_has_been_timed_is_timed_again(timer: Timer, monkeypatch: pytest.Mo
     swcompile.quantize_matmuls(graph, recipe=make_recipe({"include": "*"}), predict=predict)
     assert seen == [[("0.weight", False), ("2.weight", False)], [("0.weight", True)]]
 
-    found = [matmul for matmul in matmuls(swcompile.capture(MODEL, torch.randn(1024, 256)).graph) if matmul.role is Role.OUTPUT]
-    gemm = make_recipe({}).format_of(Role.OUTPUT)
-    assert gemm is not None
+    (candidate,) = activation_sharers((512,))
     monkeypatch.setattr(cost, "_CLOSE", (1.0, 1.0))
     for is_timed in (False, True):
-        (prediction,) = cost.predict_speedups([Candidate(found[0], gemm, is_timed=is_timed)])
+        (prediction,) = cost.predict_speedups([candidate._replace(is_timed=is_timed)])
         assert prediction.is_measured == is_timed == bool(timer.asked)
 
 
