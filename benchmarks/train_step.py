@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import gc
 import importlib.metadata
+import logging
 import statistics
 import time
 from collections import defaultdict
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from reporting import add_workloads, alone, header, markdown_table, write
 from torch import nn
+from torch._inductor import config as inductor_config
 
 import swcompile
 from swcompile.rates import device_rates
@@ -171,6 +173,13 @@ def make_route(workload: Workload, name: str, options: dict[str, Any], micro_bat
                 workload.loss(call).backward()
 
     return Route(model, step, recipe=swcompile.RECIPES[recipe]() if recipe in swcompile.RECIPES else None)
+
+
+def hush_autotuning() -> None:
+    """Keep what `max-autotune` tried, and what of it does not fit the GPU, from the output: it is pages to each table."""
+    inductor_config.autotune_num_choices_displayed = 0
+    inductor_config.max_autotune_report_choices_stats = False
+    logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.CRITICAL)
 
 
 def with_float8(model: nn.Module, recipe: str) -> nn.Module:
@@ -329,7 +338,7 @@ def breakdown(step: Callable[[], None], top: int = 30) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_workloads(parser, WORKLOADS, ["vit_h", "llama"])
-    parser.add_argument("--recipes", nargs="+", default=["switchback", "switchback_m"], choices=list(swcompile.RECIPES))
+    parser.add_argument("--recipes", nargs="+", default=["switchback", "switchback_m", "switchback_full"], choices=list(swcompile.RECIPES))
     parser.add_argument(
         "--peers", nargs="*", choices=PEERS, metavar="NAME", help=f"also run these, or all of {'; '.join(PEERS)}"
     )
@@ -355,6 +364,7 @@ def main() -> None:
     columns = {"in int8": "", "ms": ".1f", "spread ms": ".1f", "speed-up": ".3f", "of floor": ".2f", "GiB": ".2f", "memory": ".3f", "compile s": ".0f"}
     if args.gradients:
         columns["cosine"] = ".5f"
+    hush_autotuning()
     for name in args.workloads:
         torch.manual_seed(0)
         workload = WORKLOADS[name]()
